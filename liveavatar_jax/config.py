@@ -1,0 +1,225 @@
+"""Every knob of the model and of the stream, as frozen dataclasses; nothing is read from a global.
+
+A config with no arguments has the published size; `tiny()` makes one for tests and laptops.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Self, get_type_hints
+
+from liveavatar_jax.types import LiveAvatarError
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The causal DiT (Wan2.2-S2V-14B as released with Live Avatar)."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    heads: int = 40
+    layers: int = 40
+    latent_channels: int = 16
+    freq_dim: int = 256  # width of the timestep sinusoid
+    text_dim: int = 4096
+    text_len: int = 512
+    audio_dim: int = 1024
+    audio_layers: int = 25  # hidden states of the speech encoder that are averaged
+    audio_tokens: int = 4  # learned tokens per latent frame, one padding token is added
+    inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+    attention: str = "auto"  # "auto" | "chunked" | "cudnn" | "pallas"
+    param_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        _require(self.dim % self.heads == 0, self, "dim", f"divide by heads = {self.heads}")
+        _require(self.head_dim % 2 == 0, self, "dim", "give an even head width dim / heads")
+        _require(self.dim % 4 == 0, self, "dim", "divide by 4 (the global audio branch is dim / 4)")
+        inside = all(0 <= i < self.layers for i in self.inject_layers)
+        _require(inside, self, "inject_layers", f"lie within 0..{self.layers - 1}")
+        ascending = list(self.inject_layers) == sorted(set(self.inject_layers))
+        _require(ascending, self, "inject_layers", "ascend without repeats")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        small = cls(
+            dim=128,
+            ffn_dim=256,
+            heads=4,
+            layers=3,
+            freq_dim=64,
+            text_dim=48,
+            text_len=16,
+            audio_dim=32,
+            audio_layers=25,
+            inject_layers=(0, 2),
+            param_dtype="float32",
+        )
+        return dataclasses.replace(small, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The causal 3-D VAE of Wan2.1: 4 frames and 8×8 pixels to one latent position."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    time_down: tuple[bool, ...] = (False, True, True)
+    param_dtype: str = "float32"
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        return dataclasses.replace(cls(dim=8), **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The umT5-XXL encoder."""
+
+    vocab: int = 256384
+    dim: int = 4096
+    attn_dim: int = 4096
+    ffn_dim: int = 10240
+    heads: int = 64
+    layers: int = 24
+    buckets: int = 32
+    max_distance: int = 128
+    param_dtype: str = "bfloat16"
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        small = cls(
+            vocab=97, dim=48, attn_dim=64, ffn_dim=80, heads=4, layers=2, param_dtype="float32"
+        )
+        return dataclasses.replace(small, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechConfig:
+    """The wav2vec2 speech encoder with the traits of wav2vec2-large-xlsr-53."""
+
+    dim: int = 1024
+    ffn_dim: int = 4096
+    heads: int = 16
+    layers: int = 24
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    pos_kernel: int = 128
+    pos_groups: int = 16
+    param_dtype: str = "float32"
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        small = cls(dim=32, ffn_dim=48, heads=4, layers=24, conv_dim=(16,) * 7)
+        return dataclasses.replace(small, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """How blocks follow each other; the defaults are those of the released multi-GPU code."""
+
+    steps: int = 4  # denoising steps of a block
+    shift: float = 3.0  # of the noise levels, see diffusion/flow.py
+    block_frames: int = 3  # latent frames of a block = 12 video frames
+    ring_blocks: int = 4  # blocks that attention sees, the current one included
+    history: float | None = None  # level of remembered keys: None = each step's own, 0.0 = clean
+    sink_after: int | None = 4  # block before which the sink becomes our own first frame
+    distance: int | tuple[int, int] = (4, 30)  # latent frames from block to sink; a range is drawn
+    audio_past: str = "repeat"  # "repeat" the block's first frame, or the "true" left context
+    motion: bool = True  # motion frames (the portrait, standing still) beside the sink
+    dtype: str = "bfloat16"  # of latents, activations and caches
+
+    def __post_init__(self):
+        _require(self.steps >= 1, self, "steps", "be at least 1")
+        _require(self.ring_blocks >= 1, self, "ring_blocks", "be at least 1")
+        level = self.history is None or 0.0 <= self.history < 1.0
+        _require(level, self, "history", "be None or a noise level in [0, 1)")
+        late = self.sink_after is None or self.sink_after >= 1
+        _require(late, self, "sink_after", "be None or at least 1")
+        near, far = self.distance_range
+        _require(0 <= near <= far <= 30, self, "distance", "lie within 0..30, smaller end first")
+        known = self.audio_past in ("repeat", "true")
+        _require(known, self, "audio_past", 'be "repeat" or "true"')
+
+    @property
+    def distance_range(self) -> tuple[int, int]:
+        return self.distance if isinstance(self.distance, tuple) else (self.distance,) * 2
+
+    @property
+    def block_video_frames(self) -> int:
+        return 4 * self.block_frames
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """All networks of one avatar, and how they stream."""
+
+    dit: DiTConfig = DiTConfig()
+    vae: VAEConfig = VAEConfig()
+    text: TextConfig = TextConfig()
+    speech: SpeechConfig = SpeechConfig()
+    stream: StreamConfig = StreamConfig()
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        small = cls(
+            dit=DiTConfig.tiny(),
+            vae=VAEConfig.tiny(),
+            text=TextConfig.tiny(),
+            speech=SpeechConfig.tiny(),
+            stream=StreamConfig(dtype="float32"),
+        )
+        return dataclasses.replace(small, **changes)
+
+
+def _require(ok: bool, cfg: object, field: str, what: str) -> None:
+    if not ok:
+        value = getattr(cfg, field)
+        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """Plain JSON values of a config; `from_dict` is its inverse."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """Builds `cls` from JSON values; unknown and ill-typed fields are refused by name."""
+    hints = get_type_hints(cls)
+    where = where or cls.__name__
+    fields = {}
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise LiveAvatarError(f"{where} has no field {name!r}{hint}")
+        fields[name] = _coerce(hints[name], value, f"{where}.{name}")
+    return cls(**fields)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value, where)
+    if isinstance(hint, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _coerce(option, value, where)
+            except LiveAvatarError:
+                continue
+    elif typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        args = typing.get_args(hint)
+        args = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(args) == len(value):
+            return tuple(_coerce(a, v, where) for a, v in zip(args, value, strict=True))
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise LiveAvatarError(f"{where} = {value!r} must be {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # before any device is touched
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """The folder of the original's numbers (LIVEAVATAR_PARITY, default ../shared/parity)."""
+    folder = Path(os.environ.get("LIVEAVATAR_PARITY", ROOT.parent / "shared" / "parity"))
+    if not (folder / "index.json").exists():
+        pytest.skip(f"no parity fixtures in {folder}; name their folder in LIVEAVATAR_PARITY")
+    return folder
