@@ -12,6 +12,12 @@ from typing import Any, Self, get_type_hints
 from liveavatar_jax.types import LiveAvatarError
 
 
+def _require(ok: bool, cfg: object, field: str, what: str) -> None:
+    if not ok:
+        value = getattr(cfg, field)
+        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
+
+
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
     """The causal DiT (Wan2.2-S2V-14B as released with Live Avatar)."""
@@ -177,12 +183,6 @@ class ModelConfig:
             stream=StreamConfig(dtype="float32"),
         )
         return dataclasses.replace(small, **changes)
-
-
-def _require(ok: bool, cfg: object, field: str, what: str) -> None:
-    if not ok:
-        value = getattr(cfg, field)
-        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
