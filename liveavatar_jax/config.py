@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, Self, get_type_hints
+from typing import Any, get_type_hints
 
 from liveavatar_jax.types import LiveAvatarError
 
@@ -51,7 +51,7 @@ class DiTConfig:
         return self.dim // self.heads
 
     @classmethod
-    def tiny(cls, **changes: Any) -> Self:
+    def tiny(cls, **changes: Any) -> "DiTConfig":
         small = cls(
             dim=128,
             ffn_dim=256,
@@ -80,7 +80,7 @@ class VAEConfig:
     param_dtype: str = "float32"
 
     @classmethod
-    def tiny(cls, **changes: Any) -> Self:
+    def tiny(cls, **changes: Any) -> "VAEConfig":
         return dataclasses.replace(cls(dim=8), **changes)
 
 
@@ -99,7 +99,7 @@ class TextConfig:
     param_dtype: str = "bfloat16"
 
     @classmethod
-    def tiny(cls, **changes: Any) -> Self:
+    def tiny(cls, **changes: Any) -> "TextConfig":
         small = cls(
             vocab=97, dim=48, attn_dim=64, ffn_dim=80, heads=4, layers=2, param_dtype="float32"
         )
@@ -122,7 +122,7 @@ class SpeechConfig:
     param_dtype: str = "float32"
 
     @classmethod
-    def tiny(cls, **changes: Any) -> Self:
+    def tiny(cls, **changes: Any) -> "SpeechConfig":
         small = cls(dim=32, ffn_dim=48, heads=4, layers=24, conv_dim=(16,) * 7)
         return dataclasses.replace(small, **changes)
 
@@ -174,7 +174,7 @@ class ModelConfig:
     stream: StreamConfig = StreamConfig()
 
     @classmethod
-    def tiny(cls, **changes: Any) -> Self:
+    def tiny(cls, **changes: Any) -> "ModelConfig":
         small = cls(
             dit=DiTConfig.tiny(),
             vae=VAEConfig.tiny(),
