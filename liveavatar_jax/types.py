@@ -6,6 +6,7 @@ Axes, used in every annotation, einops pattern and einsum string:
     f  latent frames          s    slots of the ring (tokens) step  denoising steps
     h w  latent rows, columns n    heads                      stage devices of the pipeline
     c  channels               d    head width                 a     speakers (audio streams)
+    p  tokens of one latent frame
     F H W  video frames, pixel rows, pixel columns            dim   model width
 
 Video is channels-last everywhere: latents `b f h w c`, pixels `b F H W 3` in [-1, 1].

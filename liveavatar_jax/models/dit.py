@@ -1,0 +1,308 @@
+"""The causal DiT of Live Avatar: one block, one trunk, three uses.
+
+`prefill` runs the condition tokens and keeps their keys; `denoise` runs one block of the stream
+against a cache; `__call__` runs a whole clip block-causally, as training does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from liveavatar_jax.config import DiTConfig
+from liveavatar_jax.models.attention import KV, Attention, KVCache, attention, overwrite
+from liveavatar_jax.models.audio import AudioAdapter, AudioTokens, Injector
+from liveavatar_jax.models.condition import (
+    REFERENCE_POSITION,
+    FramePacker,
+    condition_phase,
+    patchify,
+)
+from liveavatar_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    along_last,
+    grid_phase,
+    modulate,
+    rotate,
+    timestep_sinusoid,
+)
+from liveavatar_jax.types import Array, Float, Int, struct
+
+PATCH = (1, 2, 2)
+NOISE, REFERENCE, MOTION = range(3)  # rows of the type embedding
+
+Attend = Callable[..., tuple[Array, Any]]  # (memory of the layer, q, k, v) -> (y, what to keep)
+
+
+@struct
+class Level:
+    """What the network needs to know of the noise level of each frame, float32."""
+
+    head: Float[Array, "b f dim"]
+    blocks: Float[Array, "b f 6 dim"]
+
+
+class Block(nnx.Module):
+    """Self-attention, text cross-attention and feed-forward, modulated by the noise level."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        dim, dtype = cfg.dim, cfg.param_dtype
+        make = (dim, cfg.heads, cfg.attention, dtype)
+        self.modulation = nnx.Param(jnp.zeros((6, dim), dtype))
+        self.self_attn = Attention(*make, rngs=rngs)
+        self.cross_norm = LayerNorm(dim, dtype, rngs=rngs)
+        self.cross_attn = Attention(*make, rngs=rngs)
+        self.ffn_in = Linear(dim, cfg.ffn_dim, dtype, rngs=rngs)
+        self.ffn_out = Linear(cfg.ffn_dim, dim, dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b f p dim"],
+        level: Float[Array, "b f 6 dim"],
+        text: KV,
+        attend: Attend,
+    ) -> tuple[Float[Array, "b f p dim"], Any]:
+        """`attend(q, k, v) -> (y, kept)` gets unrotated heads; it knows positions and memory."""
+        frames = x.shape[1]
+        level = level + self.modulation[...].astype(jnp.float32)[None, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(level, 6, axis=2)
+
+        h = rearrange(modulate(x, shift1, scale1), "b f p dim -> b (f p) dim")
+        kv = self.self_attn.keys_values(h)
+        y, kept = attend(self.self_attn.query(h), kv.k, kv.v)
+        y = self.self_attn.o(rearrange(y, "b t n d -> b t (n d)"))
+        x = gated(x, gate1, rearrange(y, "b (f p) dim -> b f p dim", f=frames))
+
+        h = rearrange(self.cross_norm(x), "b f p dim -> b (f p) dim")
+        x = x + rearrange(self.cross_attn(h, text), "b (f p) dim -> b f p dim", f=frames)
+
+        h = jax.nn.gelu(self.ffn_in(modulate(x, shift2, scale2)), approximate=True)
+        return gated(x, gate2, self.ffn_out(h)), kept
+
+
+def gated(
+    x: Float[Array, "b f p dim"], gate: Float[Array, "b f 1 dim"], y: Float[Array, "b f p dim"]
+) -> Float[Array, "b f p dim"]:
+    """Residual addition in float32, as published."""
+    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
+
+
+class Head(nnx.Module):
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.modulation = nnx.Param(jnp.zeros((2, cfg.dim), cfg.param_dtype))
+        self.out = Linear(cfg.dim, 4 * cfg.latent_channels, cfg.param_dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b f p dim"], level: Float[Array, "b f dim"]
+    ) -> Float[Array, "b f p k"]:
+        level = level[:, :, None] + self.modulation[...].astype(jnp.float32)[None, None]
+        shift, scale = jnp.split(level, 2, axis=2)
+        return self.out(modulate(x, shift, scale))
+
+
+class CausalDiT(nnx.Module):
+    """The denoiser. Latents have even height and width; `sigma` is the noise level, 1 = noise."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        dim, dtype = cfg.dim, cfg.param_dtype
+        self.cfg = cfg
+
+        def linear(inputs: int, outputs: int = dim) -> Linear:
+            return Linear(inputs, outputs, dtype, rngs=rngs)
+
+        def stack(make: type[nnx.Module], depth: int) -> Any:
+            keys = jax.random.split(rngs.params(), depth)
+            return jax.vmap(lambda key: make(cfg, rngs=nnx.Rngs(key)))(keys)
+
+        self.patch, self.pose = linear(4 * cfg.latent_channels), linear(4 * cfg.latent_channels)
+        self.text_in, self.text_out = linear(cfg.text_dim), linear(dim)
+        self.time_in, self.time_out = linear(cfg.freq_dim), linear(dim)
+        self.time_proj = linear(dim, 6 * dim)
+        self.type_embedding = nnx.Param(jnp.zeros((3, dim), dtype))
+        self.packer = FramePacker(cfg, rngs=rngs)
+        self.audio = AudioAdapter(cfg, rngs=rngs)
+        self.blocks = stack(Block, cfg.layers)
+        self.injectors = stack(Injector, len(cfg.inject_layers))
+        self.head = Head(cfg, rngs=rngs)
+
+    # ---- what a session or a noise level needs once
+
+    def text(self, context: Float[Array, "b t k"]) -> KV:
+        """Keys and values of every layer ("l b t n d") for the rows of the text encoder.
+
+        Rows up to `text_len` are zeros, and attended to, as published.
+        """
+        missing = self.cfg.text_len - context.shape[1]
+        x = jnp.pad(context, ((0, 0), (0, missing), (0, 0)))
+        x = self.text_out(jax.nn.gelu(self.text_in(x), approximate=True))
+        return jax.vmap(lambda block: block.cross_attn.keys_values(x))(self.blocks)
+
+    def level(self, sigma: Float[Array, "b f"]) -> Level:
+        """Time embedding and modulation of each frame's noise level, in float32 throughout."""
+        t = timestep_sinusoid(1000.0 * sigma.astype(jnp.float32), self.cfg.freq_dim)
+        e = self.time_out(jax.nn.silu(self.time_in(t)))
+        blocks = self.time_proj(jax.nn.silu(e))
+        return Level(head=e, blocks=rearrange(blocks, "b f (m dim) -> b f m dim", m=6))
+
+    # ---- the three uses
+
+    def prefill(
+        self,
+        reference: Float[Array, "b 1 h w c"],
+        motion: Float[Array, "b f h w c"] | None,
+        text: KV,
+    ) -> KV:
+        """The condition sink: unrotated keys and values ("l b t n d") of reference and motion."""
+        kinds = self.type_embedding[...].astype(reference.dtype)[:, None, None]
+        x = self.patch(patchify(reference, PATCH)) + kinds[REFERENCE]
+        if motion is not None:
+            x = jnp.concatenate([x, self.packer(motion) + kinds[MOTION]], axis=1)
+        turn = condition_phase(*reference.shape[2:4], roll=0, head_dim=self.cfg.head_dim)
+        turn = jax.tree.map(lambda a: a[: x.shape[1]], turn)
+
+        def attend(_: None, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
+            y = attention(rotate(q, turn), rotate(k, turn), v, None, self.cfg.attention)
+            return y, KV(k=k, v=v)
+
+        clean = self.level(jnp.zeros((len(x), 1))).blocks
+        _, sink = self._trunk(x[:, None], clean, text, attend)
+        return sink
+
+    def denoise(
+        self,
+        x: Float[Array, "b f h w c"],
+        level: Level,
+        cache: KVCache,
+        text: KV,
+        audio: AudioTokens,
+        *,
+        block: Int[Array, ""],
+        position: Int[Array, ""],
+        distance: Int[Array, ""],
+        speakers: Float[Array, "b a #f p"],
+        pose: Float[Array, "b f h w c"] | None = None,
+    ) -> tuple[Float[Array, "b f h w c"], KV]:
+        """Velocity of one block of a stream, and its keys and values for `cache.append`.
+
+        `block` counts the blocks that the cache has seen, `position` is the first latent frame's
+        place in the video, `distance` how far ahead of it the reference is shown.
+        """
+        _, f, h, w, _ = x.shape
+        turn = self._turn(position, f, h, w)
+        roll = jnp.maximum(0, position - (REFERENCE_POSITION - distance))
+        sink_turn = condition_phase(h, w, roll=roll, head_dim=self.cfg.head_dim)
+        sink_turn = jax.tree.map(lambda a: a[: cache.sink.tokens], sink_turn)
+        x = self._embed(x, pose)
+        tokens = f * x.shape[2]
+        seen = cache.sink.tokens + jnp.minimum((block + 1) * tokens, cache.ring.tokens)
+
+        def attend(memory: KVCache, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
+            fresh = KV(k=rotate(k, turn), v=v)
+            ring = overwrite(memory.ring, fresh, block)
+            keys = jnp.concatenate([rotate(memory.sink.k, sink_turn), ring.k], axis=1)
+            values = jnp.concatenate([memory.sink.v, ring.v], axis=1)
+            return attention(rotate(q, turn), keys, values, seen, self.cfg.attention), fresh
+
+        x, fresh = self._trunk(x, level.blocks, text, attend, cache, audio, speakers)
+        return self._unpatchify(self.head(x, level.head), h, w), fresh
+
+    def __call__(
+        self,
+        x: Float[Array, "b f h w c"],
+        sigma: Float[Array, "b f"],
+        reference: Float[Array, "b 1 h w c"],
+        motion: Float[Array, "b m h w c"] | None,
+        text: KV,
+        audio: AudioTokens,
+        *,
+        block_frames: int,
+        speakers: Float[Array, "b a #f p"],
+        pose: Float[Array, "b f h w c"] | None = None,
+    ) -> Float[Array, "b f h w c"]:
+        """Velocity of a whole clip: a frame sees its own block, earlier ones, and the condition.
+
+        The condition tokens see only each other, so they are a prefill; and each block's queries
+        meet just the keys they may see, so no mask is needed and half the products are saved.
+        """
+        _, f, h, w, _ = x.shape
+        sink = self.prefill(reference, motion, text)
+        turn = self._turn(0, f, h, w)
+        sink_turn = condition_phase(h, w, roll=0, head_dim=self.cfg.head_dim)
+        sink_turn = jax.tree.map(lambda a: a[: sink.tokens], sink_turn)
+        level = self.level(sigma)
+        x = self._embed(x, pose)
+        step = block_frames * x.shape[2]
+
+        def attend(sink: KV, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            q = rotate(q, turn)
+            keys = jnp.concatenate([rotate(sink.k, sink_turn), rotate(k, turn)], axis=1)
+            values = jnp.concatenate([sink.v, v], axis=1)
+            parts = []
+            for start in range(0, q.shape[1], step):
+                seen = sink.tokens + start + step
+                some = (q[:, start : start + step], keys[:, :seen], values[:, :seen])
+                parts.append(attention(*some, None, self.cfg.attention))
+            return jnp.concatenate(parts, axis=1), None
+
+        x, _ = self._trunk(x, level.blocks, text, attend, sink, audio, speakers)
+        return self._unpatchify(self.head(x, level.head), h, w)
+
+    # ---- what they share
+
+    def _trunk(
+        self,
+        x: Float[Array, "b f p dim"],
+        level: Float[Array, "b f 6 dim"],
+        text: KV,
+        attend: Attend,
+        memory: Any = None,
+        audio: AudioTokens | None = None,
+        speakers: Float[Array, "b a #f p"] | None = None,
+    ) -> tuple[Float[Array, "b f p dim"], Any]:
+        """All blocks; `memory` leads with the layer axis, and so does what `attend` keeps.
+
+        Twelve of forty layers hear audio: each layer carries the row of its injector, or -1, and
+        takes that row from the one stack of injectors inside a branch, so nothing is copied.
+        """
+        rows = np.full(self.cfg.layers, -1, np.int32)
+        rows[list(self.cfg.inject_layers)] = np.arange(len(self.cfg.inject_layers))
+
+        def body(x: Array, layer: Any) -> tuple[Array, Any]:
+            block, row, text, memory = layer
+            x, kept = block(x, level, text, lambda q, k, v: attend(memory, q, k, v))
+            if audio is None:
+                return x, kept
+
+            def inject(x: Array) -> Array:
+                injector = jax.tree.map(lambda leaf: leaf[row], self.injectors)
+                return injector(x, audio, speakers)
+
+            return jax.lax.cond(row >= 0, inject, lambda x: x, x), kept
+
+        return jax.lax.scan(body, x, (self.blocks, jnp.asarray(rows), text, memory))
+
+    def _turn(self, position: Int[Array, ""] | int, f: int, h: int, w: int):
+        frames = position + jnp.arange(f)
+        return grid_phase(frames, jnp.arange(h // 2), jnp.arange(w // 2), self.cfg.head_dim)
+
+    def _embed(
+        self, x: Float[Array, "b f h w c"], pose: Float[Array, "b f h w c"] | None
+    ) -> Float[Array, "b f p dim"]:
+        """Noise tokens. No pose is a pose of zeros, of which the bias remains, as published."""
+        tokens = self.patch(patchify(x, PATCH))
+        if pose is None:
+            tokens = tokens + along_last(self.pose.bias[...], tokens)
+        else:
+            tokens = tokens + self.pose(patchify(pose, PATCH))
+        kind = self.type_embedding[...].astype(x.dtype)[None, NOISE, None]
+        return rearrange(tokens + kind, "b (f p) dim -> b f p dim", f=x.shape[1])
+
+    def _unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
+        return rearrange(
+            x, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h // 2, w=w // 2, p=PATCH[1], q=PATCH[2]
+        )

@@ -1,0 +1,150 @@
+"""Small parts that every network shares: linear maps, norms, rotary phase, timestep embedding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from liveavatar_jax.types import Array, Float, Int, struct
+
+THETA = 10_000.0  # base of every frequency ladder
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` in the dtype of x, whatever dtype the weights are kept in."""
+
+    def __init__(self, inputs: int, outputs: int, param_dtype: str, *, rngs: nnx.Rngs):
+        scale = inputs**-0.5
+        kernel = scale * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(param_dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        return y + along_last(self.bias[...], y)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, dim: int, param_dtype: str, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+
+    def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
+        y = x.astype(jnp.float32)  # as published
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+        return (y * along_last(self.scale[...], y)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, dim: int, param_dtype: str, eps: float = 1e-6, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(dim, param_dtype))
+
+    def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
+        y = standardise(x, self.eps)
+        y = y * along_last(self.scale[...], y) + along_last(self.bias[...], y)
+        return y.astype(x.dtype)
+
+
+def along_last(vector: Float[Array, " i"], like: Float[Array, "*b i"]) -> Float[Array, "*#b i"]:
+    """A vector over the last axis, in the rank and dtype of `like`."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def standardise(x: Float[Array, "*b dim"], eps: float = 1e-6) -> Float[Array, "*b dim"]:
+    """Layer norm without gain or bias; the result is float32, as published."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def modulate(
+    x: Float[Array, "*#b dim"],
+    shift: Float[Array, "*#b dim"],
+    scale: Float[Array, "*#b dim"],
+    eps: float = 1e-6,
+) -> Float[Array, "*#b dim"]:
+    """Adaptive layer norm: standardised, scaled by 1 + scale and shifted, in float32."""
+    return (standardise(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
+
+
+@struct
+class Phase:
+    """Rotation of pairs of neighbouring channels, float32."""
+
+    cos: Float[Array, "*t pairs"]
+    sin: Float[Array, "*t pairs"]
+
+
+_BASE, _DIGITS = 256, 4
+
+
+@functools.cache
+def _digit_tables(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of `digit · 256^k · frequency`, [digits, 256, pairs], through float64."""
+    frequency = THETA ** (-np.arange(pairs) / pairs)
+    weight = float(_BASE) ** np.arange(_DIGITS)
+    angle = weight[:, None, None] * np.arange(_BASE)[None, :, None] * frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def phase(position: Int[Array, "*t"] | Float[Array, "*t"], pairs: int) -> Phase:
+    """cos and sin of `position · 10000^(-j / pairs)`, exact to float32 for |position| < 2^31.
+
+    A float32 product loses the phase (an error of 2e-3 at position 45,000), and accelerators
+    have no float64. So the position is read as four digits in base 256: a rotation by a sum is
+    the product of rotations, and those of single digits come from tables made in float64.
+    """
+    whole = jnp.abs(jnp.trunc(position)).astype(jnp.int32)
+    cos, sin = jnp.ones((*whole.shape, pairs)), jnp.zeros((*whole.shape, pairs))
+    for k, (c, s) in enumerate(zip(*_digit_tables(pairs), strict=True)):
+        digit = (whole >> (8 * k)) & (_BASE - 1)
+        c, s = jnp.asarray(c)[digit], jnp.asarray(s)[digit]
+        cos, sin = cos * c - sin * s, sin * c + cos * s
+    if jnp.issubdtype(position.dtype, jnp.floating):
+        rest = jnp.abs(position) - whole.astype(position.dtype)
+        angle = rest[..., None] * along_last(jnp.asarray(THETA ** (-np.arange(pairs) / pairs)), cos)
+        c, s = jnp.cos(angle), jnp.sin(angle)
+        cos, sin = cos * c - sin * s, sin * c + cos * s
+    return Phase(cos=cos, sin=jnp.where((position < 0)[..., None], -sin, sin))
+
+
+def grid_phase(
+    frames: Int[Array, " f"], rows: Int[Array, " h"], cols: Int[Array, " w"], head_dim: int
+) -> Phase:
+    """Rotary phase of every token of a frame × row × column grid, `[f·h·w, head_dim / 2]`.
+
+    A third of the pairs turns with the row, a third with the column, the rest with the frame.
+    """
+    pairs = head_dim // 2
+    side = pairs // 3
+    parts = (
+        (phase(frames, pairs - 2 * side), (slice(None), None, None)),
+        (phase(rows, side), (None, slice(None), None)),
+        (phase(cols, side), (None, None, slice(None))),
+    )
+    grid = (len(frames), len(rows), len(cols))
+
+    def spread(field: str) -> Float[Array, "t pairs"]:
+        axes = [getattr(p, field)[at] for p, at in parts]
+        whole = [jnp.broadcast_to(a, (*grid, a.shape[-1])) for a in axes]
+        return jnp.concatenate(whole, axis=-1).reshape(-1, pairs)
+
+    return Phase(cos=spread("cos"), sin=spread("sin"))
+
+
+def rotate(x: Float[Array, "b t n d"], by: Phase) -> Float[Array, "b t n d"]:
+    """Rotary embedding: channels (2j, 2j + 1) of every head turn by the token's phase j."""
+    pair = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    re, im = pair[..., 0], pair[..., 1]
+    cos, sin = by.cos[None, :, None], by.sin[None, :, None]
+    turned = jnp.stack([re * cos - im * sin, im * cos + re * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def timestep_sinusoid(t: Float[Array, "*b"], width: int) -> Float[Array, "*b width"]:
+    """`[cos | sin]` of t on the frequency ladder, accurate as in float64; t in 0..1000."""
+    p = phase(t.astype(jnp.float32), width // 2)
+    return jnp.concatenate([p.cos, p.sin], axis=-1)

@@ -1,0 +1,354 @@
+"""The DiT piece by piece, prefilled, streamed, and as trained, against the original's numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from liveavatar_jax.models import layers
+from liveavatar_jax.models.attention import KV, KVCache, attention
+from liveavatar_jax.models.condition import condition_phase, patchify
+from liveavatar_jax.models.dit import PATCH, Level
+from liveavatar_jax.models.layers import Phase, rotate
+from liveavatar_jax.weights import rules, wan
+
+from .conftest import after_repeats, features, latents, published
+
+
+def pair(turn: Phase) -> np.ndarray:
+    return np.stack([turn.cos, turn.sin], axis=-1)
+
+
+def levels(dit, t) -> Level:
+    return dit.level(jnp.asarray(t, jnp.float32) / 1000)
+
+
+@pytest.fixture(scope="module")
+def common(fixture):
+    return fixture("dit_common")
+
+
+@pytest.fixture(scope="module")
+def text(dit, common) -> KV:
+    return dit.text(jnp.asarray(common["in.context"])[None])
+
+
+@pytest.fixture(scope="module")
+def sink(dit, common, text) -> KV:
+    reference, motion = (latents(common[f"in.{n}_latents"]) for n in ("ref", "motion"))
+    return jax.jit(lambda m, *a: m.prefill(*a))(dit, reference, motion, text)
+
+
+@pytest.fixture(scope="module")
+def empty(dit, common, sink):
+    side = common.sidecar
+    slots = side["kv_cache_frames"] * side["latent_size"]["tokens_per_frame"]
+    ring = jnp.zeros((dit.cfg.layers, 1, slots, dit.cfg.heads, dit.cfg.head_dim))
+    return KVCache(ring=KV(k=ring, v=ring), sink=sink)
+
+
+@functools.partial(jax.jit, static_argnames="distance")
+def denoise(dit, x, level, cache, text, audio, block, position, distance, speakers, pose):
+    return dit.denoise(
+        x,
+        level,
+        cache,
+        text,
+        audio,
+        block=block,
+        position=position,
+        distance=jnp.int32(distance),
+        speakers=speakers,
+        pose=pose,
+    )
+
+
+def everywhere(common, speakers=1) -> jnp.ndarray:
+    return jnp.ones((1, speakers, 1, common.sidecar["latent_size"]["tokens_per_frame"]))
+
+
+# ---- parts
+
+
+@pytest.fixture(scope="module")
+def parts(fixture):
+    return fixture("dit_parts")
+
+
+@pytest.mark.parametrize("ours, theirs, given", [
+    ("patch", "patch_embedding", "in.patch.x"),
+    ("pose", "cond_encoder", "in.cond.x"),
+])  # fmt: skip
+def test_patch_and_pose_embedding(dit, parts, ours, theirs, given):
+    x = latents(parts[given])
+    f, h, w = x.shape[1], x.shape[2] // 2, x.shape[3] // 2
+    y = getattr(dit, ours)(patchify(x, PATCH))
+    y = y.reshape(1, f, h, w, -1).transpose(0, 4, 1, 2, 3)
+    parts.check(theirs, y)
+
+
+def test_time_embedding(dit, parts):
+    t = jnp.asarray(parts["time.t"])
+    parts.check("time.sinusoid", layers.timestep_sinusoid(t, dit.cfg.freq_dim))
+    level = levels(dit, parts["time.t"][None])
+    parts.check("time.e", level.head[0])
+    parts.check("time.e0", level.blocks[0])
+
+
+def test_text_embedding(dit, common, parts):
+    x = jnp.asarray(common["in.context"])[None]
+    x = jnp.pad(x, ((0, 0), (0, dit.cfg.text_len - x.shape[1]), (0, 0)))
+    y = dit.text_out(jax.nn.gelu(dit.text_in(x), approximate=True))
+    parts.check("text.embedded", y)
+
+
+def test_audio_adapter(dit, parts):
+    one = features(parts["in.audio.block"])
+    tokens = dit.audio(after_repeats(one))
+    parts.check("audio.global", tokens.global_[0, :, :, None][0][None])
+    parts.check("audio.tokens", tokens.local[0])
+    # All 22 steps of the published code, which pads each convolution with repeats: the same as
+    # eight more repeats of the first frame.
+    many = jnp.concatenate([jnp.repeat(one[:, :, :1], 81, axis=2), one], axis=2)
+    tokens = dit.audio(many)
+    parts.check("audio.global_all", tokens.global_[0, :, :, None])
+    parts.check("audio.tokens_all", tokens.local[0])
+    two = dit.audio(after_repeats(features(parts["in.audio.two_streams"])))
+    parts.check("audio2.global", two.global_[0, :, :, None])
+    parts.check("audio2.tokens", two.local[0])
+
+
+def test_frame_packer(dit, common, parts):
+    motion = latents(common["in.motion_latents"])
+    parts.check("framepack.tokens", dit.packer(motion))
+    parts.check("framepack.tokens_from_7_frames", dit.packer(motion[:, -7:]))
+    turn = condition_phase(*motion.shape[2:4], roll=0, head_dim=dit.cfg.head_dim)
+    tokens = dit.packer(motion).shape[1]
+    parts.check("framepack.rope", pair(turn)[-tokens:])
+
+
+def test_rotary_tables(dit, common, parts):
+    size = common.sidecar["latent_size"]
+    frames = common.sidecar["frames_per_block"]
+    for name in parts.tensors:
+        if name.startswith("rope.noise.start") and name.endswith(".table"):
+            start = int(name.split(".")[2].removeprefix("start"))
+            turn = dit._turn(jnp.int32(start), frames, size["rows"], size["cols"])
+            parts.check(name, pair(turn))
+            if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
+                parts.check(rotated, rotate(jnp.asarray(parts["in.rope.q"]), turn))
+        if name.startswith("rope.cond.roll") and name.endswith(".table"):
+            roll = int(name.split(".")[2].removeprefix("roll"))
+            turn = condition_phase(
+                size["rows"], size["cols"], roll=jnp.int32(roll), head_dim=dit.cfg.head_dim
+            )
+            parts.check(name, pair(turn))
+            if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
+                parts.check(rotated, rotate(jnp.asarray(parts["in.rope.cond_q"]), turn))
+
+
+def layer(stack, i):
+    return jax.tree.map(lambda leaf: leaf[i], stack)
+
+
+def test_one_block(dit, common, parts, text):
+    size, frames = common.sidecar["latent_size"], common.sidecar["frames_per_block"]
+    tokens = frames * size["tokens_per_frame"]
+    block = layer(dit.blocks, 1)
+    turn = dit._turn(jnp.int32(frames), frames, size["rows"], size["cols"])
+    sink_turn = condition_phase(
+        size["rows"], size["cols"], roll=jnp.int32(3), head_dim=dit.cfg.head_dim
+    )
+    past = [jnp.asarray(parts[f"block.{n}"]) for n in ("hist_k", "hist_v", "cond_k", "cond_v")]
+    seen = {}
+
+    def attend(q, k, v):
+        k = rotate(k, turn)
+        keys = jnp.concatenate([past[0], k, rotate(past[2], sink_turn)], axis=1)
+        values = jnp.concatenate([past[1], v, past[3]], axis=1)
+        y = attention(rotate(q, turn), keys, values)
+        seen["self_attn"] = block.self_attn.o(y.reshape(1, tokens, -1))
+        return y, KV(k=k, v=v)
+
+    x = jnp.asarray(parts["in.block.x"]).reshape(1, frames, size["tokens_per_frame"], -1)
+    level = levels(dit, np.full((1, frames), parts["time.t"][1]))
+    out, fresh = block(x, level.blocks, layer(text, 1), attend)
+    parts.check("block.self_attn", seen["self_attn"])
+    parts.check("block.new_k", fresh.k)
+    parts.check("block.new_v", fresh.v)
+    parts.check("block.out", out.reshape(1, tokens, -1))
+
+
+def test_audio_injection(dit, common, parts):
+    size, frames = common.sidecar["latent_size"], common.sidecar["frames_per_block"]
+    injector = layer(dit.injectors, 1)
+    audio = dit.audio(after_repeats(features(parts["in.audio.block"])))
+    x = jnp.asarray(parts["in.inject.x"]).reshape(1, frames, size["tokens_per_frame"], -1)
+    parts.check("inject.adain_hidden", injector.adapt(x, audio)[0, 0])
+    out = injector(x, audio, everywhere(common))
+    parts.check("inject.out", out.reshape(1, -1, dit.cfg.dim))
+
+
+def test_head(dit, common, parts):
+    size, frames = common.sidecar["latent_size"], common.sidecar["frames_per_block"]
+    x = jnp.asarray(parts["in.head.x"]).reshape(1, frames, size["tokens_per_frame"], -1)
+    level = levels(dit, np.full((1, frames), parts["time.t"][1]))
+    y = dit.head(x, level.head)
+    parts.check("head.out", y.reshape(1, -1, y.shape[-1]))
+    y = dit._unpatchify(y, size["rows"], size["cols"])
+    parts.check("head.unpatchified", published(y))
+
+
+# ---- the three uses
+
+
+def test_sink_prefill(dit, fixture, sink):
+    want = fixture("dit_sink")
+    for i in range(dit.cfg.layers):
+        want.check(f"cond_k.layer{i}", sink.k[i])
+        want.check(f"cond_v.layer{i}", sink.v[i])
+    assert (want["cond_end"] == sink.tokens).all()
+
+
+def test_denoise_first_next_rolled_and_far_blocks(dit, fixture, common, text, empty):
+    want = fixture("dit_denoise")
+    frames = common.sidecar["frames_per_block"]
+    level = levels(dit, np.full((1, frames), want["t"][0]))
+    audio, pose = features(want["in.audio"]), latents(want["in.cond_states"])
+    checked = 0
+    for distance in want.sidecar["calls"]["relative_dist"]:
+        cache = empty
+        for j, block in enumerate(want.sidecar["calls"]["block_sequence"]):
+            if f"cache_before_block{block}.k.layer0" in want.tensors and checked < 5:
+                want.check(f"cache_before_block{block}.k.layer0", cache.ring.k[0])
+            velocity, fresh = denoise(
+                dit,
+                latents(want["in.x"][j]),
+                level,
+                cache,
+                text,
+                dit.audio(after_repeats(audio[:, :, 12 * j : 12 * j + 12])),
+                # The jump to a far block keeps the ring full, as the original's slot rule does.
+                block=jnp.int32(block),
+                position=jnp.int32(frames * block),
+                distance=distance,
+                speakers=everywhere(common),
+                pose=pose[:, frames * j : frames * (j + 1)],
+            )
+            cache = cache.append(fresh, jnp.int32(block))
+            if f"velocity.rd{distance}.block{block}" in want.tensors:
+                want.check(f"velocity.rd{distance}.block{block}", published(velocity))
+                checked += 1
+            if distance != want.sidecar["calls"]["relative_dist"][0]:
+                continue
+            for i in range(dit.cfg.layers):
+                for name in ("k", "v"):
+                    if f"cache_new.block{block}.{name}.layer{i}" in want.tensors:
+                        new = getattr(fresh, name)[i]
+                        want.check(f"cache_new.block{block}.{name}.layer{i}", new)
+                    if f"cache_after_block{block}.{name}.layer{i}" in want.tensors:
+                        after = getattr(cache.ring, name)[i]
+                        want.check(f"cache_after_block{block}.{name}.layer{i}", after)
+    assert checked == sum(name.startswith("velocity.rd") for name in want.tensors)
+    assert denoise._cache_size() == len(want.sidecar["calls"]["relative_dist"])
+
+
+def test_denoise_with_a_level_per_frame(dit, fixture, common, text, empty):
+    want = fixture("dit_denoise")
+    frames = common.sidecar["frames_per_block"]
+    velocity, _ = denoise(
+        dit,
+        latents(want["in.x"][0]),
+        levels(dit, want["in.t_per_frame"]),
+        empty,
+        text,
+        dit.audio(after_repeats(features(want["in.audio"])[:, :, :12])),
+        block=jnp.int32(0),
+        position=jnp.int32(0),
+        distance=want.sidecar["calls"]["relative_dist"][0],
+        speakers=everywhere(common),
+        pose=latents(want["in.cond_states"])[:, :frames],
+    )
+    want.check("velocity.per_frame_t.block0", published(velocity))
+
+
+@pytest.mark.parametrize("name, streams", [
+    ("velocity", 2), ("velocity_single_stream_of_actor0", 1)
+])  # fmt: skip
+def test_two_speakers(dit, fixture, common, text, empty, name, streams):
+    want = fixture("dit_multi_character")
+    frames = common.sidecar["frames_per_block"]
+    audio = features(want["in.audio"])[:, :streams]
+    mask = everywhere(common)
+    if streams > 1:
+        # The original takes the mask of the first three frames whatever the block, one each.
+        mask = jnp.asarray(want["in.mask"][:, :frames, :, :, 0].reshape(1, streams, frames, -1))
+    cache = empty
+    for j in range(len(want["in.x"])):
+        velocity, fresh = denoise(
+            dit,
+            latents(want["in.x"][j]),
+            levels(dit, np.full((1, frames), want["t"][0])),
+            cache,
+            text,
+            dit.audio(after_repeats(audio[:, :, 12 * j : 12 * j + 12])),
+            block=jnp.int32(j),
+            position=jnp.int32(frames * j),
+            distance=30,
+            speakers=mask,
+            pose=None,
+        )
+        cache = cache.append(fresh, jnp.int32(j))
+        want.check(f"{name}.block{j}", published(velocity))
+
+
+def clip(want, common, text, t):
+    audio = features(want["in.audio"])
+    x, pose = latents(want["in.x"]), latents(want["in.cond_states"])
+    reference, motion = (latents(common[f"in.{n}_latents"]) for n in ("ref", "motion"))
+
+    @functools.partial(jax.jit, static_argnames="block_frames")
+    def velocity(dit, block_frames):
+        return dit(
+            x,
+            jnp.asarray(want[t]) / 1000,
+            reference,
+            motion,
+            dit.text(jnp.asarray(common["in.context"])[None]),
+            dit.audio(after_repeats(audio)),
+            block_frames=block_frames,
+            speakers=everywhere(common),
+            pose=pose,
+        )
+
+    return velocity
+
+
+@pytest.mark.parametrize("name, t, block_frames", [
+    ("blockwise_t", "in.t_blockwise", 3),
+    ("per_frame_t", "in.t_per_frame", 3),
+    ("per_frame_t_frame_causal", "in.t_per_frame", 1),
+])  # fmt: skip
+def test_training_forward(dit, fixture, common, text, name, t, block_frames):
+    want = fixture("dit_train")
+    velocity = clip(want, common, text, t)(dit, block_frames=block_frames)
+    want.check(f"velocity.{name}", published(velocity))
+
+
+def test_training_gradients(dit, fixture, common, text):
+    want = fixture("dit_train")
+    velocity = clip(want, common, text, "in.t_blockwise")
+    target = latents(want["in.target"])
+    loss, grads = jax.jit(
+        jax.value_and_grad(lambda m: jnp.mean((velocity(m, block_frames=3) - target) ** 2))
+    )(dit)
+    want.check("loss", loss[None])
+    grads = rules.export(grads, wan.DIT_RULES)
+    for name in want.tensors:
+        if name.startswith("grad."):
+            want.check(name, grads[name.removeprefix("grad.")])
+    for name, norm in want.sidecar["gradient_norms"].items():
+        ours = np.linalg.norm(np.asarray(grads[name], np.float64))
+        np.testing.assert_allclose(ours, norm, rtol=1e-4, err_msg=name)
