@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights.files import Tensors
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,6 @@ class Place:
     rule: Rule
 
 
-def leaves(module: Any) -> dict[str, Any]:
-    """Every array of a module (or its shape, when the module is abstract) by attribute path."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(module)
-    return {_path(keys): leaf for keys, leaf in paths}
-
-
-def replace(module: Any, arrays: Mapping[str, Any]) -> Any:
-    """The module with the leaves at the paths of `arrays` exchanged for them."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: arrays.get(_path(keys), leaf), module
-    )
-
-
 def places(module: Any, rules: Sequence[Rule]) -> dict[str, Place]:
     """The published name of every leaf and slice: what a file made for this module holds.
 
@@ -97,12 +86,15 @@ def match(
     """The place of every tensor, found from names, shapes and dtypes alone; nothing is read.
 
     Raises LiveAvatarError listing every missing, unknown, misshapen, doubly matched and
-    non-float tensor at once. `ignore` holds regexes of tensors that we have no use for.
+    non-float tensor at once, with what the reader found wrong (`tensors.faults`). `ignore` holds
+    regexes of tensors that we have no use for.
     """
     shapes, expected = leaves(module), places(module, rules)
     found: dict[str, Place] = {}
     filled: dict[tuple[str, tuple[int, ...]], str] = {}
     unknown, faults = [], []
+    if isinstance(tensors, Tensors):
+        faults, tensors = list(tensors.faults.values()), tensors.stored
     for name, tensor in tensors.items():
         if any(re.fullmatch(pattern, name) for pattern in ignore):
             continue
@@ -159,10 +151,6 @@ def export(module: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
         name: np.ascontiguousarray(place.rule.published(arrays[place.leaf][place.index]))
         for name, place in places(module, rules).items()
     }
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
 
 
 def _rearrange(tensor: Any, pattern: str, sizes: Mapping[str, int]) -> Any:
