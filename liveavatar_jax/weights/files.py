@@ -84,6 +84,9 @@ class Tensors(Mapping):
             raise LiveAvatarError(self.faults[name])
         return self.stored[name].map()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 

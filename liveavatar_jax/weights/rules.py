@@ -44,6 +44,15 @@ class Rule:
         """The published tensor with our axes."""
         return _rearrange(tensor, self.pattern, self.sizes)
 
+    def place(self, name: str) -> "Place | None":
+        """Where the tensor of this published name goes; None when the name does not fit."""
+        fit = re.fullmatch(self.source, name)
+        if fit is None:
+            return None
+        target = fit.expand(self.target)
+        index = tuple(int(i) for i in re.findall(r"\[(\d+)\]", target))
+        return Place(re.sub(r"\[\d+\]", "", target), index, self)
+
     def published(self, tensor: Any) -> Any:
         """Our slice with the published axes."""
         return _rearrange(tensor, " -> ".join(self.pattern.split(" -> ")[::-1]), self.sizes)
@@ -98,7 +107,7 @@ def match(
     for name, tensor in tensors.items():
         if any(re.fullmatch(pattern, name) for pattern in ignore):
             continue
-        fits = [place for rule in rules if (place := _place(rule, name))]
+        fits = [place for rule in rules if (place := rule.place(name))]
         if len(fits) > 1:
             faults.append(f"ambiguous: {name} fits {' and '.join(p.rule.source for p in fits)}")
         elif not fits or not _exists(fits[0], shapes):
@@ -116,7 +125,7 @@ def match(
     faults += [f"unknown: {name}{_nearest(name, missing or list(expected))}" for name in unknown]
     if faults:
         raise LiveAvatarError(
-            f"{where} does not fit {type(module).__name__} in {len(faults)} place(s); take the "
+            f"{where} does not fit {_kind(module)} in {len(faults)} place(s); take the "
             "file as published, or a config of its sizes:\n  " + "\n  ".join(sorted(faults))
         )
     return found
@@ -153,21 +162,16 @@ def export(module: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     }
 
 
+def _kind(module: Any) -> str:
+    return "the model" if isinstance(module, Mapping) else type(module).__name__
+
+
 def _rearrange(tensor: Any, pattern: str, sizes: Mapping[str, int]) -> Any:
     if not pattern:
         return tensor
     if isinstance(tensor, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda a: einops.rearrange(a, pattern, **sizes), tensor)
     return einops.rearrange(tensor, pattern, **sizes)
-
-
-def _place(rule: Rule, name: str) -> Place | None:
-    fit = re.fullmatch(rule.source, name)
-    if fit is None:
-        return None
-    target = fit.expand(rule.target)
-    index = tuple(int(i) for i in re.findall(r"\[(\d+)\]", target))
-    return Place(re.sub(r"\[\d+\]", "", target), index, rule)
 
 
 def _exists(place: Place, shapes: Mapping[str, Any]) -> bool:
