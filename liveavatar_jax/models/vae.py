@@ -1,0 +1,358 @@
+"""The causal 3-D VAE of Wan2.1 (arXiv 2503.20314, section 4.1; published as Wan2.1_VAE.pth).
+
+A video begins with one frame that makes one latent by itself; every later latent stands for four
+frames, and each for 8×8 pixels. Nothing looks ahead, so a video of any length passes through in
+pieces: each call takes the `FeatureCache` of the one before and returns the next.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
+from liveavatar_jax.types import Array, Float, LiveAvatarError, struct
+
+# Published statistics of the 16 latent channels.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+Tail = Any  # what one layer keeps: arrays of frames; None before the first frame of a video
+
+
+@struct
+class FeatureCache:
+    """What a coder remembers of a video: the last input frames of every convolution over time.
+
+    A pytree of arrays whose shapes depend on the config and the frame size only, about 9.5 KB
+    a pixel for the published decoder in float32. It comes out of a call that was given none; an
+    encoder and a decoder each have their own.
+    """
+
+    tails: tuple[Tail, ...]  # one per layer, in the order they run
+
+
+def per_channel(values, x: Float[Array, "*n c"]) -> Float[Array, "*ones c"]:
+    """One value a channel, with the rank and dtype of `x`."""
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Conv(nnx.Module):
+    """Kernel and bias of a convolution, for the layers below to apply."""
+
+    def __init__(self, cfg: VAEConfig, c: int, out: int, window=(), *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.lecun_normal()
+        dtype = jnp.dtype(cfg.param_dtype)
+        shape = (*window, c, out)
+        self.kernel = nnx.Param(init(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), dtype))
+
+    def shift(self, x: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
+        return x + per_channel(self.bias[...], x)
+
+
+class Pointwise(Conv):
+    """A 1×1×1 convolution."""
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n o"]:
+        return self.shift(x @ self.kernel[...].astype(x.dtype))
+
+
+class CausalConv(Conv):
+    """A convolution over the current frame and the two before it, zeros before the first."""
+
+    def __init__(self, cfg: VAEConfig, c: int, out: int, window=(3, 3, 3), *, rngs: nnx.Rngs):
+        super().__init__(cfg, c, out, window, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        kernel = self.kernel[...]
+        if tail is None:  # one frame: the zeros before it leave one tap of three
+            return self.shift(conv2d(x, kernel[-1])), jnp.concatenate([jnp.zeros_like(x), x], 1)
+        x = jnp.concatenate([tail, x], axis=1)
+        return self.shift(conv3d(x, kernel)), x[:, -2:]
+
+
+class Norm(nnx.Module):
+    """Root mean square norm over channels, in float32, followed by SiLU where a layer says so."""
+
+    def __init__(self, cfg: VAEConfig, c: int, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones((c,), cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        unit = wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # published: length at least 1e-12
+        scale = per_channel(self.scale[...], wide) * x.shape[-1] ** 0.5
+        return (unit * scale).astype(x.dtype)
+
+
+class Residual(nnx.Module):
+    """Twice norm, SiLU, causal convolution; the input is added, through 1×1×1 if it is narrower."""
+
+    def __init__(self, cfg: VAEConfig, c: int, out: int, *, rngs: nnx.Rngs):
+        self.norm1 = Norm(cfg, c, rngs=rngs)
+        self.conv1 = CausalConv(cfg, c, out, rngs=rngs)
+        self.norm2 = Norm(cfg, out, rngs=rngs)
+        self.conv2 = CausalConv(cfg, out, out, rngs=rngs)
+        self.shortcut = Pointwise(cfg, c, out, rngs=rngs) if c != out else None
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        first, second = (None, None) if tail is None else tail
+        y, first = self.conv1(jax.nn.silu(self.norm1(x)), first)
+        y, second = self.conv2(jax.nn.silu(self.norm2(y)), second)
+        x = x if self.shortcut is None else self.shortcut(x)
+        return x + y, (first, second)
+
+
+class Attention(nnx.Module):
+    """One-headed self-attention of each frame by itself."""
+
+    def __init__(self, cfg: VAEConfig, c: int, *, rngs: nnx.Rngs):
+        self.norm = Norm(cfg, c, rngs=rngs)
+        self.qkv = Pointwise(cfg, c, 3 * c, rngs=rngs)
+        self.out = Pointwise(cfg, c, c, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b f h w (n c) -> n (b f) (h w) c", n=3)
+        scores = jnp.einsum("b t c, b s c -> b t s", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * x.shape[-1] ** -0.5).astype(x.dtype)
+        y = jnp.einsum("b t s, b s c -> b t c", weights, v)
+        return x + self.out(y.reshape(x.shape)), ()
+
+
+class Downsample(nnx.Module):
+    """Halves rows and columns, then, where `time` says so, the frames."""
+
+    def __init__(self, cfg: VAEConfig, c: int, time: bool, *, rngs: nnx.Rngs):
+        self.conv = Conv(cfg, c, c, (3, 3), rngs=rngs)
+        self.time_conv = Conv(cfg, c, c, (3,), rngs=rngs) if time else None
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        x = conv2d(x, self.conv.kernel[...], stride=2, pad=((0, 1), (0, 1)))
+        x = self.conv.shift(x)
+        return (x, ()) if self.time_conv is None else self._halve(x, tail)
+
+    def _halve(self, x, last):
+        """The first frame of a video passes alone; then (last, 1, 2), (2, 3, 4) make one each."""
+        if last is None:
+            return x, x
+        last, x = x[:, -1:], jnp.concatenate([last, x], axis=1)
+        taps = jnp.concatenate([x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]], axis=-1)
+        kernel = self.time_conv.kernel[...].astype(x.dtype)
+        return self.time_conv.shift(taps @ rearrange(kernel, "k c o -> (k c) o")), last
+
+
+class Upsample(nnx.Module):
+    """Doubles the frames where `time` says so, then rows and columns, and halves the channels."""
+
+    def __init__(self, cfg: VAEConfig, c: int, time: bool, *, rngs: nnx.Rngs):
+        self.time_conv = CausalConv(cfg, c, 2 * c, (3, 1, 1), rngs=rngs) if time else None
+        self.conv = Conv(cfg, c, c // 2, (3, 3), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        x, tail = (x, ()) if self.time_conv is None else self._double(x, tail)
+        return self.conv.shift(conv2d_doubled(x, self.conv.kernel[...])), tail
+
+    def _double(self, x, tail):
+        """The first latent of a video stays one frame, and the second does not know of it."""
+        if tail is None:
+            return x, jnp.repeat(jnp.zeros_like(x), 2, axis=1)
+        x, tail = self.time_conv(x, tail)
+        return rearrange(x, "b f h w (two c) -> b (f two) h w c", two=2), tail
+
+
+class Head(nnx.Module):
+    """Norm, SiLU and the last convolution."""
+
+    def __init__(self, cfg: VAEConfig, c: int, out: int, *, rngs: nnx.Rngs):
+        self.norm = Norm(cfg, c, rngs=rngs)
+        self.conv = CausalConv(cfg, c, out, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        return self.conv(jax.nn.silu(self.norm(x)), tail)
+
+
+def middle(cfg: VAEConfig, c: int, *, rngs: nnx.Rngs) -> list[nnx.Module]:
+    first, last = (Residual(cfg, c, c, rngs=rngs) for _ in range(2))
+    return [first, Attention(cfg, c, rngs=rngs), last]
+
+
+class Encoder(nnx.Module):
+    """Frames to the mean and log-variance of latents."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [cfg.dim * m for m in cfg.dim_mult]
+        c, down = cfg.dim, []
+        for level, out in enumerate(widths):
+            for _ in range(cfg.res_blocks):
+                down.append(Residual(cfg, c, out, rngs=rngs))
+                c = out
+            if level < len(widths) - 1:
+                down.append(Downsample(cfg, c, cfg.time_down[level], rngs=rngs))
+        self.conv_in = CausalConv(cfg, 3, cfg.dim, rngs=rngs)
+        self.down = nnx.List(down)
+        self.middle = nnx.List(middle(cfg, c, rngs=rngs))
+        self.head = Head(cfg, c, 2 * cfg.z_dim, rngs=rngs)
+
+    @property
+    def layers(self) -> list:
+        return [self.conv_in, *self.down, *self.middle, self.head]
+
+
+class Decoder(nnx.Module):
+    """Latents to frames."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [cfg.dim * m for m in reversed(cfg.dim_mult)]
+        c, up = widths[0], []
+        self.conv_in = CausalConv(cfg, cfg.z_dim, c, rngs=rngs)
+        self.middle = nnx.List(middle(cfg, c, rngs=rngs))
+        for level, out in enumerate(widths):
+            for _ in range(cfg.res_blocks + 1):
+                up.append(Residual(cfg, c, out, rngs=rngs))
+                c = out
+            if level < len(widths) - 1:
+                up.append(Upsample(cfg, c, cfg.time_down[-1 - level], rngs=rngs))
+                c //= 2
+        self.up = nnx.List(up)
+        self.head = Head(cfg, c, 3, rngs=rngs)
+
+    @property
+    def layers(self) -> list:
+        return [self.conv_in, *self.middle, *self.up, self.head]
+
+
+class VAE(nnx.Module):
+    """Video to latents and back.
+
+    Weights stay in `cfg.param_dtype`; results and caches have the dtype of the input.
+    """
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        if cfg.z_dim != len(LATENT_MEAN):
+            raise LiveAvatarError(
+                f"VAEConfig.z_dim = {cfg.z_dim} must be {len(LATENT_MEAN)}, the number of channels "
+                "whose statistics are published"
+            )
+        self.frames_per_latent = 2 ** sum(cfg.time_down)
+        self.pixels_per_latent = 2 ** (len(cfg.dim_mult) - 1)
+        self.encoder = Encoder(cfg, rngs=rngs)
+        self.to_moments = Pointwise(cfg, 2 * cfg.z_dim, 2 * cfg.z_dim, rngs=rngs)
+        self.from_latents = Pointwise(cfg, cfg.z_dim, cfg.z_dim, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+
+    def encode(
+        self, video: Float[Array, "b F H W _"], cache: FeatureCache | None = None
+    ) -> tuple[Float[Array, "b f h w c"], FeatureCache]:
+        """Normalised mean latents of frames with values in [-1, 1]; H and W are multiples of 8.
+
+        Without a cache the video begins here, with one frame more than four times the latents
+        (F = 1 + 4k, f = 1 + k); with the cache of the call before it goes on (F = 4k, f = k).
+        However a video is cut into calls, the latents are the same. Memory is that of four frames.
+
+        Raises LiveAvatarError when a size does not fit, or the cache is of another video.
+        """
+        self._check_video(video, begins=cache is None)
+        _check_cache(cache, video, "encode")
+        return _stream(self._encode_group, video, cache, self.frames_per_latent)
+
+    def decode(
+        self, latents: Float[Array, "b f h w c"], cache: FeatureCache | None = None
+    ) -> tuple[Float[Array, "b F H W 3"], FeatureCache]:
+        """Frames of normalised latents, nominally within [-1, 1] but not clamped.
+
+        Without a cache the video begins here and the first latent makes one frame (F = 4f - 3);
+        with the cache of the call before it goes on (F = 4f). However the latents are cut into
+        calls, the frames are the same. Memory is that of one latent, and of the frames returned.
+
+        Raises LiveAvatarError when there is no latent, it has not the published channels, or the
+        cache is of another video.
+        """
+        if latents.shape[1] < 1 or latents.shape[-1] != len(LATENT_MEAN):
+            raise LiveAvatarError(
+                f"latents of shape {latents.shape} cannot be decoded; give at least one, as "
+                f"(batch, frames, rows, columns, {len(LATENT_MEAN)})"
+            )
+        _check_cache(cache, latents, "decode")
+        return _stream(self._decode_latent, latents, cache, 1)
+
+    def _encode_group(self, frames, cache):
+        features, cache = _run(self.encoder.layers, frames, cache)
+        mean, _ = jnp.split(self.to_moments(features), 2, axis=-1)
+        return normalise(mean), cache
+
+    def _decode_latent(self, latent, cache):
+        return _run(self.decoder.layers, self.from_latents(denormalise(latent)), cache)
+
+    def _check_video(self, video, begins: bool) -> None:
+        _, frames, height, width, colours = video.shape
+        if colours != 3:
+            raise LiveAvatarError(f"video has {colours} channels; give 3 (red, green, blue) last")
+        if height % self.pixels_per_latent or width % self.pixels_per_latent:
+            raise LiveAvatarError(
+                f"video is {width}×{height} pixels; crop or scale it to multiples of "
+                f"{self.pixels_per_latent}"
+            )
+        group = self.frames_per_latent
+        if frames < 1 or (frames - begins) % group:
+            rule = f"a video begins with 1 + {group}·k frames" if begins else f"give {group}·k"
+            raise LiveAvatarError(f"video has {frames} frames; {rule} to this call of encode")
+
+
+def normalise(mean: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+    """Encoder output to the latents that the diffusion model knows: about zero mean, unit width."""
+    return (mean - per_channel(LATENT_MEAN, mean)) / per_channel(LATENT_STD, mean)
+
+
+def denormalise(latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+    """The inverse of `normalise`."""
+    return latents * per_channel(LATENT_STD, latents) + per_channel(LATENT_MEAN, latents)
+
+
+def _run(layers, x, cache):
+    """One piece of a video through all layers, each with its own tail."""
+    tails = [None] * len(layers) if cache is None else cache.tails
+    kept = []
+    for layer, tail in zip(layers, tails, strict=True):
+        x, tail = layer(x, tail)
+        kept.append(tail)
+    return x, FeatureCache(tuple(kept))
+
+
+def _stream(step, x, cache, group: int):
+    """Drives `step` over groups of frames; where a video begins, its first frame is one."""
+    pieces = []
+    if cache is None:
+        y, cache = step(x[:, :1], None)
+        pieces, x = [y], x[:, 1:]
+    if x.shape[1]:
+        groups = rearrange(x, "b (n f) h w c -> n b f h w c", f=group)
+        cache, y = jax.lax.scan(lambda cache, x: step(x, cache)[::-1], cache, groups)
+        pieces.append(rearrange(y, "n b f h w c -> b (n f) h w c"))
+    return jnp.concatenate(pieces, axis=1), cache
+
+
+def _check_cache(cache, x, call: str) -> None:
+    """The first layer keeps what came in, so its tail tells batch, size, channels and dtype."""
+    if cache is None:
+        return
+    seen = cache.tails[0]
+    if (seen.shape[0], *seen.shape[2:], seen.dtype) != (x.shape[0], *x.shape[2:], x.dtype):
+        raise LiveAvatarError(
+            f"the cache is of a {call} call with {_describe(seen)}, but this one has "
+            f"{_describe(x)}; pass the cache that the same video's last {call} returned"
+        )
+
+
+def _describe(x) -> str:
+    b, _, h, w, c = x.shape
+    return f"batch {b}, {h}×{w}, {c} channels in {x.dtype}"
