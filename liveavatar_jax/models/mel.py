@@ -12,7 +12,7 @@ from liveavatar_jax.types import Array, Float, LiveAvatarError
 RATE = 16_000
 HOP = 160  # samples from one spectrum to the next: 100 Hz
 SIZE = 400  # samples of one spectrum
-FLOOR = 1e-6  # mean power of a band that counts as silence: -60 dB of full scale
+FLOOR = 1e-8  # power of a band that counts as silence: -80 dB
 PER_FRAME = 4  # spectra of one video frame: 640 samples at 25 fps
 
 
@@ -58,8 +58,8 @@ def log_mel(waveform: Float[Array, "b samples"], cfg: MelConfig) -> Float[Array,
     The waveform begins `cfg.past` samples before the first frame and ends `cfg.future` samples
     after the last; at the ends of a recording these are zeros. A frame depends on just those
     samples, so any cutting of a recording gives equal features. -1 is silence, digital or not
-    (-60 dB and below), 0 is a band at -30 dB, 1 at full scale: nothing is normalised by what
-    else was heard.
+    (a band at -80 dB and below), 0 is -40 dB, 1 is full scale: nothing is normalised by what
+    else was heard. Ordinary speech has mean -0.6 and deviation 0.4.
     """
     frames = (waveform.shape[1] - cfg.past - cfg.future) // (PER_FRAME * HOP)
     if frames < 1:
@@ -69,7 +69,7 @@ def log_mel(waveform: Float[Array, "b samples"], cfg: MelConfig) -> Float[Array,
     window = np.hanning(SIZE + 1)[:-1].astype(np.float32)
     cut = waveform.astype(jnp.float32)[:, at] * jnp.asarray(window)[None, None]
     power = jnp.abs(jnp.fft.rfft(cut)) ** 2 / float((window**2).sum() * SIZE / 2)
-    level = jnp.log10(power @ jnp.asarray(_filters(cfg)) + FLOOR) / 3 + 1
+    level = jnp.log10(power @ jnp.asarray(_filters(cfg)) + FLOOR) / 4 + 1
     shown = PER_FRAME * np.arange(frames)[:, None] + np.arange(cfg.layers)
     return level[:, shown]
 

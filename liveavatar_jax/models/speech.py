@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -17,6 +18,7 @@ from liveavatar_jax.models.layers import LayerNorm, Linear
 from liveavatar_jax.types import Array, Bool, Float, Int, LiveAvatarError, struct
 
 EPS = 1e-5  # of every layer norm in here
+Numbers = Array | np.ndarray  # made on the host, traced on the device
 
 
 class Conv(nnx.Module):
@@ -135,7 +137,7 @@ class SpeechEncoder(nnx.Module):
         are 20 ms apart and see 25 ms; fewer than 400 samples make none. Runs in the dtype of
         the weights unless `dtype` names another.
         """
-        dtype = dtype or self.cfg.param_dtype
+        dtype = dtype or self.project.kernel.dtype
         frames = self.frames(waveform.shape[1])
         if frames == 0:
             return jnp.zeros((len(waveform), 0, self.cfg.layers + 1, self.cfg.dim), dtype)
@@ -188,13 +190,13 @@ class Hop:
     fraction `weight`; where it is not `sounding`, the recording has ended and features are zero.
     """
 
-    mean: Float[Array, ""]  # of the recording's samples
-    std: Float[Array, ""]
-    heard: Bool[Array, " frames"]  # encoder frames that lie inside the recording
-    low: Int[Array, " F"]
-    high: Int[Array, " F"]
-    weight: Float[Array, " F"]
-    sounding: Bool[Array, " F"]
+    mean: Float[Numbers, ""]  # of the recording's samples
+    std: Float[Numbers, ""]
+    heard: Bool[Numbers, " frames"]  # encoder frames that lie inside the recording
+    low: Int[Numbers, " F"]
+    high: Int[Numbers, " F"]
+    weight: Float[Numbers, " F"]
+    sounding: Bool[Numbers, " F"]
 
 
 def at_video_rate(

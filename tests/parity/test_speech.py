@@ -3,8 +3,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import librosa
 import numpy as np
 import pytest
+import soundfile
 from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
@@ -103,6 +105,50 @@ def test_a_file_streamed_through_a_window_that_holds_it_equals_the_original(wav2
     window = speech.SpeechWindow(left=19200, hop=1)  # 32,000 samples
     blocks = list(speech.file_features(encode, chunks, speech.Moments.of(chunks), window))
     wav2vec2.check("audio_input.clip48", published(np.concatenate(blocks)[None], 48))
+
+
+@pytest.fixture(scope="module")
+def recordings(parity, encoder):
+    """Real speech at 16 kHz, and its features as published."""
+    paths = sorted((parity.parent / "examples").glob("*.wav"))
+    if not paths:
+        pytest.skip("no example recordings beside the fixtures")
+    run = jax.jit(lambda m, x: m(x))
+    found = []
+    for path in paths:
+        waveform, rate = soundfile.read(path, dtype="float32")
+        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=16000, res_type="soxr_hq")
+        states = run(encoder, jnp.asarray(speech.normalise(waveform))[None])
+        found.append((waveform, np.asarray(speech.video_features(states))[0]))
+    return found
+
+
+def deviation(encoder, recordings, window):
+    """Of the windowed form from the whole file, relative to how much the features vary."""
+    compiled = partial(jax.jit(window_features), encoder)
+    apart = []
+    for waveform, want in recordings:
+        chunks = np.array_split(waveform, 5)
+        got = speech.file_features(compiled, chunks, speech.Moments.of(chunks), window)
+        got = np.concatenate(list(got))
+        sounding = np.abs(want).max(axis=(1, 2)) > 0
+        assert (got[~sounding] == 0).all()
+        varies = want[sounding] - want[sounding].mean(0)
+        apart.append(np.sqrt(((got - want) ** 2).sum() / (varies**2).sum()))
+    return max(apart)
+
+
+def test_files_that_fit_the_window_are_exact(encoder, recordings):
+    assert deviation(encoder, recordings, speech.SpeechWindow.for_files()) < 1e-4
+
+
+def test_the_deviation_of_smaller_windows_is_as_documented(encoder, recordings):
+    """The weights are random, see SpeechWindow: all taps of the position are equally loud."""
+    bounds = {(32000, 7680): 0.85, (64000, 7680): 0.82, (64000, 15360): 0.42}
+    windows = (speech.SpeechWindow(left=left, ahead=ahead) for left, ahead in bounds)
+    errors = [deviation(encoder, recordings[:2], window) for window in windows]
+    assert errors == sorted(errors, reverse=True)
+    assert all(error < bound for error, bound in zip(errors, bounds.values(), strict=True)), errors
 
 
 def test_every_published_tensor_has_its_place(parity):
