@@ -173,6 +173,12 @@ class ModelConfig:
     speech: SpeechConfig = SpeechConfig()
     stream: StreamConfig = StreamConfig()
 
+    @property
+    def speech_fits(self) -> bool:
+        """Whether the speech encoder makes what the DiT hears; else log-mel features do."""
+        made = (self.speech.layers + 1, self.speech.dim)
+        return made == (self.dit.audio_layers, self.dit.audio_dim)
+
     @classmethod
     def tiny(cls, **changes: Any) -> "ModelConfig":
         small = cls(

@@ -68,9 +68,33 @@ class StreamState:
     key: Key[Array, ""]
 
 
+@struct
+class Portrait:
+    """The portrait as the networks see it; made once, good for any number of streams."""
+
+    reference: Float[Array, "b 1 h w c"]  # encoded as a video of one frame
+    motion: Float[Array, "b m h w c"]  # and as one of 73 equal frames
+    decoder: FeatureCache  # warmed up with the still portrait
+
+
+def encode_portrait(model: Avatar, picture: Float[Array, "b H W 3"]) -> Portrait:
+    """The latents of a picture in [-1, 1]; its sides are multiples of 16 pixels."""
+    reference, _ = model.vae.encode(picture[:, None])
+    motion, _ = model.vae.encode(jnp.repeat(picture[:, None], MOTION_VIDEO_FRAMES, axis=1))
+    return from_latents(model, reference, motion)
+
+
+def from_latents(
+    model: Avatar, reference: Float[Array, "b 1 h w c"], motion: Float[Array, "b m h w c"]
+) -> Portrait:
+    """`encode_portrait` for what is encoded already."""
+    _, decoder = model.vae.decode(motion[:, :_PRIMING_LATENTS])
+    return Portrait(reference=reference, motion=motion, decoder=decoder)
+
+
 def start(
     model: Avatar,
-    portrait: Float[Array, "b H W 3"],
+    portrait: Portrait,
     context: Float[Array, "b t k"],
     key: Key[Array, ""],
     *,
@@ -79,37 +103,17 @@ def start(
 ) -> StreamState:
     """The state before the first block.
 
-    `portrait` in [-1, 1]; `context` are the rows of the text encoder; `speakers` masks patches
-    (2 x 2 latents) by speaker, everything for one speaker by default; `position` is the place of
-    the first latent frame in the whole video.
+    `context` are the rows of the text encoder; `speakers` masks patches (2 x 2 latents) by
+    speaker, everything for one speaker by default; `position` is the place of the first latent
+    frame in the whole video.
     """
-    still = jnp.repeat(portrait[:, None], MOTION_VIDEO_FRAMES, axis=1)
-    reference, _ = model.vae.encode(portrait[:, None])
-    motion, _ = model.vae.encode(still)
-    return start_from_latents(
-        model, reference, motion, context, key, speakers=speakers, position=position
-    )
-
-
-def start_from_latents(
-    model: Avatar,
-    reference: Float[Array, "b 1 h w c"],
-    motion: Float[Array, "b m h w c"],
-    context: Float[Array, "b t k"],
-    key: Key[Array, ""],
-    *,
-    speakers: Float[Array, "b a p"] | None = None,
-    position: int = 0,
-) -> StreamState:
-    """`start` for a portrait that is encoded already: as one frame, and as 73 equal ones."""
     cfg, dit = model.cfg, model.dit
     dtype = jnp.dtype(cfg.dtype)
-    reference, motion, context = (a.astype(dtype) for a in (reference, motion, context))
+    reference, motion = portrait.reference.astype(dtype), portrait.motion.astype(dtype)
     b, _, h, w, _ = reference.shape
-    _, decoder = model.vae.decode(motion[:, :_PRIMING_LATENTS])
-    packed = motion if cfg.motion else None
-    text = dit.text(context)
-    sink = dit.prefill(reference, packed, text)
+    motion = motion if cfg.motion else None
+    text = dit.text(context.astype(dtype))
+    sink = dit.prefill(reference, motion, text)
     patches = (h // 2) * (w // 2)
     slots = cfg.ring_blocks * cfg.block_frames * patches
     ring = jnp.zeros((*sink.k.shape[:2], slots, *sink.k.shape[3:]), dtype)
@@ -120,11 +124,11 @@ def start_from_latents(
         caches=_repeat(cache, _caches(cfg)),
         levels=_levels(cfg, dit, b),
         text=text,
-        motion=packed,
+        motion=motion,
         first=reference,
         past=_no_past(dit, speakers, dtype) if cfg.audio_past == "true" else None,
         speakers=speakers[:, :, None].astype(dtype),
-        decoder=decoder,
+        decoder=portrait.decoder,
         position=jnp.int32(position),
         block=jnp.int32(0),
         key=key,

@@ -106,5 +106,6 @@ class Injector(nnx.Module):
         self, x: Float[Array, "b f p dim"], audio: AudioTokens
     ) -> Float[Array, "b a f p dim"]:
         """Hidden states as each speaker's queries see them."""
-        shift, scale = jnp.split(self.adain(jax.nn.silu(audio.global_)), 2, axis=-1)
+        level = self.adain(jax.nn.silu(audio.global_)).astype(jnp.float32)
+        shift, scale = jnp.split(level, 2, axis=-1)
         return modulate(x[:, None], shift[:, :, :, None], scale[:, :, :, None], eps=1e-5)

@@ -28,13 +28,15 @@ def avatar(dit, fixture):
     return avatar
 
 
-def roll_out(avatar, state, noise, audio, distances):
-    """Latents of every clip after every step, as the fixtures name them, and the last state."""
-    denoise = jax.jit(stream.denoise, donate_argnums=1)
+denoise = jax.jit(stream.denoise, donate_argnums=1)
+
+
+def roll_out(avatar, state, noise, audio, distances, denoise=denoise):
+    """Final latents of every clip, and the sinks before the first and after the second one."""
     clips, clip_frames = noise.shape[0], noise.shape[2]
     block_frames = avatar.cfg.block_frames
     blocks = clip_frames // block_frames
-    sinks, out = {0: state.caches.sink}, []
+    sinks, out = {0: jax.tree.map(jnp.copy, state.caches.sink)}, []
     for g in range(clips * blocks):
         clip, at = g // blocks, g % blocks * block_frames
         x = latents(noise[clip][:, at : at + block_frames])
@@ -46,7 +48,7 @@ def roll_out(avatar, state, noise, audio, distances):
         out.append(published(y))
     assert denoise._cache_size() == 1
     out = np.concatenate(out, axis=1).reshape(16, clips, clip_frames, *out[0].shape[2:])
-    return out.swapaxes(0, 1), sinks, state
+    return out.swapaxes(0, 1), sinks
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,9 @@ def started(avatar, fixture):
     common = fixture("dit_common")
     reference, motion = (latents(common[f"in.{n}_latents"]) for n in ("ref", "motion"))
     context = jnp.asarray(common["in.context"])[None]
-    start = jax.jit(stream.start_from_latents)
-
-    def start_anew():
-        return start(avatar, reference, motion, context, jax.random.key(0))
-
-    return start_anew
+    portrait = jax.jit(stream.from_latents)(avatar, reference, motion)
+    start = jax.jit(stream.start)
+    return lambda: start(avatar, portrait, context, jax.random.key(0))
 
 
 def distances(want, name):
@@ -73,7 +72,7 @@ def distances(want, name):
 def test_rollout_with_adaptive_sink(avatar, fixture, started, policy):
     want = fixture("dit_rollout")
     audio = features(want["in.audio"])
-    ours, sinks, _ = roll_out(avatar, started(), want["in.noise"], audio, distances(want, policy))
+    ours, sinks = roll_out(avatar, started(), want["in.noise"], audio, distances(want, policy))
     kept = len(want[f"latents.{policy}"])  # of some policies only the last clip is stored
     want.check(f"latents.{policy}", ours[-kept:])
     for name in want.tensors:
@@ -96,7 +95,8 @@ def test_step_by_step(avatar, fixture, started):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "euler", watched)
-        roll_out(avatar, started(), want["in.noise"], audio, distances(want, "rd30"))
+        anew = jax.jit(lambda *given: stream.denoise(*given))  # traced with the patch in place
+        roll_out(avatar, started(), want["in.noise"], audio, distances(want, "rd30"), anew)
         jax.effects_barrier()
     blocks = want["in.noise"].shape[2] // avatar.cfg.block_frames
     for name in want.tensors:
@@ -111,21 +111,17 @@ def test_pipeline_end_to_end(avatar, fixture):
     """Picture in, streamed frames out."""
     want, rollout = fixture("pipeline_end_to_end"), fixture("dit_rollout")
     tolerance = want.sidecar["suggested_tolerance"]
-    portrait = jnp.asarray(want["in.image"][None] / 255 * 2 - 1, jnp.float32)
+    picture = jnp.asarray(want["in.image"][None] / 255 * 2 - 1, jnp.float32)
     context = jnp.asarray(fixture("dit_common")["in.context"])[None]
 
-    reference, _ = avatar.vae.encode(portrait[:, None])
-    want.check("ref_latents", published(reference)[None], tolerance["latents_peak_relative"])
-    motion, _ = jax.jit(lambda m, x: m.vae.encode(x))(
-        avatar, jnp.repeat(portrait[:, None], 73, axis=1)
-    )
-    chosen = motion[:, jnp.asarray([0, 1, 2, 6, 18])]
-    want.check(
-        "motion_latents.selected", published(chosen)[None], tolerance["latents_peak_relative"]
-    )
+    portrait = jax.jit(stream.encode_portrait)(avatar, picture)
+    latents_tolerance = tolerance["latents_peak_relative"]
+    want.check("ref_latents", published(portrait.reference)[None], latents_tolerance)
+    chosen = portrait.motion[:, jnp.asarray([0, 1, 2, 6, 18])]
+    want.check("motion_latents.selected", published(chosen)[None], latents_tolerance)
 
     state = jax.jit(stream.start)(avatar, portrait, context, jax.random.key(0))
-    denoise, decode = jax.jit(stream.denoise), jax.jit(stream.decode)
+    decode = jax.jit(stream.decode)
     audio = features(rollout["in.audio"])
     noise = rollout["in.noise"]
     frames, clean = [], []
@@ -141,7 +137,7 @@ def test_pipeline_end_to_end(avatar, fixture):
     video = np.concatenate(frames)[stream.LEAD_FRAMES :]
     assert len(video) == want.sidecar["expected_number_of_frames"]
     last = np.concatenate(clean[-4:], axis=1)
-    want.check("latents.clip2", last, tolerance["latents_peak_relative"])
+    want.check("latents.clip2", last, latents_tolerance)
     stride = want.sidecar["pixel_stride"]
     strided = video[want.sidecar["frame_indices"], ::stride, ::stride].transpose(3, 0, 1, 2)
     want.check("frames.strided", strided, tolerance["frames_peak_relative"])

@@ -1,0 +1,137 @@
+"""The `liveavatar-jax` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from liveavatar_jax.types import LiveAvatarError
+
+NO_WEIGHTS = (
+    "no weights: name a converted checkpoint with --weights DIR (`liveavatar-jax convert` makes "
+    "one from the published files); a preset that needs none is not part of this version"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 = done, 2 = refused with one sentence, 130 = interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        _set_up(args.device)
+        return args.run(args)
+    except LiveAvatarError as error:
+        print(f"liveavatar-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("liveavatar-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="liveavatar-jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run, text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(run.__name__.strip("_"), help=text, description=text)
+        p.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the best there is")
+        p.set_defaults(run=run)
+        return p
+
+    p = command(_generate, "Make a video of a portrait that speaks a recording.")
+    p.add_argument("--image", type=Path, required=True, help="portrait: jpg, png, webp, ...")
+    p.add_argument("--audio", type=Path, required=True, help="speech: wav, mp3, flac, m4a, ...")
+    p.add_argument("--out", type=Path, required=True, help="the mp4 file to write")
+    p.add_argument("--prompt", help="what the video shows (default: a person who speaks)")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, help="folder made by `liveavatar-jax convert`")
+    source.add_argument("--preset", help="name of a built-in model")
+    p.add_argument("--size", default="720*400", help="pixels of the picture, as WIDTH*HEIGHT; its "
+                   "shape is the portrait's (default: %(default)s)")  # fmt: skip
+    p.add_argument("--fit", choices=("cover", "published"), default="cover", help="no borders, or "
+                   "the released code's black rows (default: %(default)s)")  # fmt: skip
+    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's, 4)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="default: float32 on a CPU, bfloat16 elsewhere")  # fmt: skip
+
+    p = command(_convert, "Convert the published weights; an interrupted run goes on.")
+    p.add_argument("--base", type=Path, required=True, help="the downloaded Wan2.2-S2V-14B folder")
+    p.add_argument("--lora", type=Path, help="LoRA of Live Avatar: file, or folder with one")
+    p.add_argument("--lora-alpha", type=float, help="default: as stored, else half the rank")
+    p.add_argument("--out", type=Path, required=True, help="folder to make")
+
+    p = command(_bench, "Time every component, compiled, on random weights.")
+    p.add_argument("--sizes", nargs="+", default=["laptop"], metavar="NAME",
+                   help="tiny, laptop, 14b (default: laptop)")  # fmt: skip
+    p.add_argument("--only", nargs="+", metavar="COMPONENT", help="audio, prefill, denoise, ...")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--json", type=Path, help="write the figures there, too")
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.weights is None:
+        raise LiveAvatarError(NO_WEIGHTS)
+    from liveavatar_jax.data.image import parse_size
+    from liveavatar_jax.generate import Request, generate
+
+    if args.steps is not None and args.steps < 1:
+        raise LiveAvatarError(f"--steps {args.steps} must be at least 1")
+    report = generate(
+        Request(
+            image=args.image,
+            audio=args.audio,
+            out=args.out,
+            weights=args.weights,
+            prompt=args.prompt,
+            area=parse_size(args.size),
+            fit=args.fit,
+            steps=args.steps,
+            seed=args.seed,
+            dtype=args.dtype,
+        )
+    )
+    print(report)
+    return 0 if report.finished else 130
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from liveavatar_jax.weights.convert import convert
+
+    convert(args.base, args.lora, args.out, alpha=args.lora_alpha)
+    print(f"{args.out}: ready for `liveavatar-jax generate --weights {args.out}`")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from liveavatar_jax.bench import bench
+
+    print(bench(args.sizes, args.only, args.repeats, args.json))
+    return 0
+
+
+def _set_up(device: str | None) -> None:
+    """Chooses the device, and keeps compiled programs in a private folder between runs."""
+    if device is not None:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "liveavatar-jax"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return  # a read-only home costs compile time, nothing else
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    try:
+        jax.devices()
+    except RuntimeError:
+        raise LiveAvatarError(
+            f"--device {device}: no such device here; install the extra for it "
+            "(liveavatar-jax[cuda] or liveavatar-jax[tpu]) or use --device cpu"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Portrait + speech file → video file, block by block, in constant memory."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from liveavatar_jax import stream
+from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.data import speech
+from liveavatar_jax.data.audio import SAMPLE_RATE, read_audio
+from liveavatar_jax.data.image import Fit, load_portrait, to_pixels
+from liveavatar_jax.data.prompt import Tokenizer
+from liveavatar_jax.data.video import VideoWriter
+from liveavatar_jax.models.mel import MelConfig, log_mel
+from liveavatar_jax.models.speech import SpeechEncoder, window_features
+from liveavatar_jax.types import Array, Float, UInt8
+from liveavatar_jax.weights import checkpoint
+from liveavatar_jax.weights.convert import TOKENIZER
+
+FPS = 25
+BLOCK = 12  # video frames of a block
+SAMPLES = SAMPLE_RATE // FPS  # of one video frame
+PROMPT = "A person looks into the camera and speaks naturally, with lively expression."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make: the arguments of `liveavatar-jax generate`."""
+
+    image: Path
+    audio: Path
+    out: Path
+    weights: Path
+    prompt: str | None = None
+    area: int = 720 * 400  # of the picture, in pixels; its shape is the portrait's
+    fit: Fit = "cover"
+    steps: int | None = None
+    seed: int = 0
+    dtype: str | None = None  # float32 on a CPU, bfloat16 elsewhere
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out; `str` is the closing line of the command."""
+
+    out: Path
+    frames: int
+    seconds: float  # from the start of the stream to the last frame
+    first_frame: float  # seconds from the start of the stream to the first frame
+    compiling: float  # seconds, before the stream
+    finished: bool  # or interrupted
+
+    @property
+    def fps(self) -> float:
+        return self.frames / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        state = "" if self.finished else "interrupted; "
+        return (
+            f"{self.out}: {state}{self.frames} frames ({self.frames / FPS:.2f} s of video) in "
+            f"{self.seconds:.2f} s, {self.fps:.2f} FPS, {self.fps / FPS:.3f} x real time, first "
+            f"frame after {self.first_frame:.2f} s (and {self.compiling:.1f} s of compiling)"
+        )
+
+
+def generate(request: Request) -> Report:
+    """Runs the whole command; an interrupt leaves a playable file and a report that says so.
+
+    Raises LiveAvatarError for any input that cannot be used.
+    """
+    moments = speech.Moments.of(read_audio(request.audio))
+    portrait = load_portrait(request.image, request.area, fit=request.fit)
+    frames = -(-moments.count // SAMPLES)
+    with VideoWriter(request.out, portrait.shape[:2], fps=FPS, audio=request.audio) as video:
+        cfg = checkpoint.load_config(request.weights)
+        cfg = replace(cfg, stream=_policy(cfg, request))
+        context = encode_prompt(request.weights, cfg, request.prompt)
+        heard = hear(request.weights, cfg, request.audio, moments)
+        avatar = load_avatar(request.weights, cfg)
+        with jax.default_matmul_precision("highest" if cfg.stream.dtype == "float32" else None):
+            return _run(avatar, portrait, context, with_lead(heard), frames, video, request.seed)
+
+
+def _policy(cfg: ModelConfig, request: Request):
+    dtype = request.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return replace(cfg.stream, dtype=dtype, steps=request.steps or cfg.stream.steps)
+
+
+def load_avatar(folder: Path, cfg: ModelConfig) -> stream.Avatar:
+    """DiT and VAE of a converted checkpoint, in the dtype of the stream."""
+    avatar = jax.eval_shape(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
+    avatar.dit = checkpoint.restore(folder, "dit", dtype=cfg.stream.dtype)
+    avatar.vae = checkpoint.restore(folder, "vae", dtype=cfg.stream.dtype)
+    return avatar
+
+
+def encode_prompt(folder: Path, cfg: ModelConfig, prompt: str | None) -> Float[Array, "1 t k"]:
+    """Rows of the text encoder, which is loaded for this alone and let go.
+
+    Without a prompt a plain one is used, or none at all if the folder has no tokenizer.
+    """
+    if prompt is None and not (folder / TOKENIZER).is_file():
+        return jnp.zeros((1, 1, cfg.dit.text_dim))
+    tokenizer = Tokenizer(folder)
+    ids, mask = tokenizer(PROMPT if prompt is None else prompt, cfg.dit.text_len)
+    encoder = checkpoint.restore(folder, "text")
+    rows = jax.jit(lambda encoder, ids, mask: encoder(ids, mask))(encoder, ids, mask)
+    return rows[:, : int(mask.sum())]
+
+
+def hear(
+    folder: Path, cfg: ModelConfig, audio: Path, moments: speech.Moments
+) -> Iterator[Float[np.ndarray, "12 layers c"]]:
+    """Speech features block by block, for ever: silence follows the end of the file."""
+    if cfg.speech_fits:
+        encoder: SpeechEncoder = checkpoint.restore(folder, "speech")
+        encode = functools.partial(jax.jit(window_features), encoder)
+        blocks = speech.file_features(encode, read_audio(audio), moments)
+    else:
+        blocks = mel_features(MelConfig(cfg.dit.audio_dim, cfg.dit.audio_layers), audio)
+    silence = np.zeros((BLOCK, cfg.dit.audio_layers, cfg.dit.audio_dim), np.float32)
+    for block in blocks:
+        yield np.asarray(block, np.float32)
+    while True:
+        yield silence
+
+
+def mel_features(cfg: MelConfig, audio: Path) -> Iterator[Float[np.ndarray, "12 layers c"]]:
+    """Log-mel features of a file, block by block."""
+    encode = jax.jit(log_mel, static_argnums=1)
+    before, after = (np.zeros(n, np.float32) for n in (cfg.past, cfg.future + BLOCK * SAMPLES))
+    chunks, held = chain([before], read_audio(audio), [after]), np.zeros(0, np.float32)
+    size = cfg.past + BLOCK * SAMPLES + cfg.future
+    for chunk in chunks:
+        held = np.concatenate([held, chunk])
+        while len(held) >= size:
+            yield np.asarray(encode(held[None, :size], cfg)[0])
+            held = held[BLOCK * SAMPLES :]
+
+
+def with_lead(
+    blocks: Iterable[Float[np.ndarray, "12 layers c"]],
+) -> Iterator[Float[np.ndarray, "12 layers c"]]:
+    """The same features, `LEAD_FRAMES` later.
+
+    The first frames of the first block are not shown. The released code drops them and so speaks
+    three frames (120 ms) ahead of the sound; here nothing is said in them, and frame k of the
+    video is the one that heard frame k of the sound.
+    """
+    held = None
+    for block in blocks:
+        held = np.repeat(block[:1], stream.LEAD_FRAMES, axis=0) if held is None else held
+        block = np.concatenate([held, block])
+        yield block[:BLOCK]
+        held = block[BLOCK:]
+
+
+def opened(
+    model: stream.Avatar, picture: Float[Array, "1 H W 3"], context: Array, key: Array
+) -> stream.StreamState:
+    """The state before the first block."""
+    return stream.start(model, stream.encode_portrait(model, picture), context, key)
+
+
+def frames_of(
+    model: stream.Avatar, state: stream.StreamState, chunk: stream.Chunk
+) -> tuple[stream.StreamState, UInt8[Array, "b F H W 3"]]:
+    """`stream.step`, with the frames as bytes."""
+    state, frames = stream.step(model, state, chunk)
+    return state, jnp.round((frames.astype(jnp.float32) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def _run(
+    avatar: stream.Avatar,
+    portrait: np.ndarray,
+    context: Array,
+    heard: Iterator[np.ndarray],
+    frames: int,
+    video: VideoWriter,
+    seed: int,
+) -> Report:
+    picture = jnp.asarray(to_pixels(portrait))[None].astype(avatar.cfg.dtype)
+    chunks = (stream.Chunk(audio=jnp.asarray(block)[None, None]) for block in heard)
+    first = next(chunks)
+
+    begun = time.perf_counter()
+    opening = (avatar, picture, context, jax.random.key(seed))
+    start = jax.jit(opened).lower(*opening).compile()
+    state = jax.eval_shape(opened, *opening)
+    step = jax.jit(frames_of, donate_argnums=1).lower(avatar, state, first).compile()
+    compiling = time.perf_counter() - begun
+
+    begun, first_frame, finished = time.perf_counter(), 0.0, False
+
+    def show(block: Array) -> None:
+        pixels = np.asarray(block[0])[0 if video.frames else stream.LEAD_FRAMES :]
+        video.write(pixels[: frames - video.frames])
+        bar.update(video.frames - bar.n)
+
+    with contextlib.suppress(KeyboardInterrupt), tqdm(total=frames, unit="frame") as bar:
+        blocks = -(-(frames + stream.LEAD_FRAMES) // BLOCK)
+        state, pending = start(*opening), None
+        for chunk in islice(chain([first], chunks), blocks):
+            state, ready = step(avatar, state, chunk)
+            if pending is not None:  # fetched while the device works on the next block
+                show(pending)
+                first_frame = first_frame or time.perf_counter() - begun
+            pending = ready
+        show(pending)
+        finished = True
+    seconds = time.perf_counter() - begun
+    return Report(video.path, video.frames, seconds, first_frame or seconds, compiling, finished)
