@@ -6,7 +6,7 @@ from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
-from liveavatar_jax.models.vae import LATENT_MEAN, VAE, denormalise, normalise
+from liveavatar_jax.models.vae import LATENT_MEAN, VAE, CausalConv, denormalise, normalise
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.rules import export, load
 from liveavatar_jax.weights.vae import VAE_RULES, vae_config
@@ -189,7 +189,7 @@ def test_cache_of_the_encoder_is_refused_by_the_decoder(vae):
 
 
 def test_initial_weights_keep_the_scale_of_what_passes():
-    conv = VAE(VAEConfig(dim=16, dim_mult=(1,), time_down=()), rngs=nnx.Rngs(0)).encoder.head.conv
+    conv = CausalConv(SMALL, 16, 24, rngs=nnx.Rngs(0))
     kernel, bias = conv.kernel[...], conv.bias[...]
     assert float(kernel.std()) == pytest.approx((27 * 16) ** -0.5, rel=0.05)
     assert not bias.any()

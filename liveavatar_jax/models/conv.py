@@ -62,7 +62,7 @@ def _conv3d_by_taps(x, kernel):
 
     Three taps of one output frame are three 2-D convolutions. A pair of output frames shares four
     input frames and needs four instead of six, by Winograd's F(2, 3) along time (Lavin and Gray,
-    arXiv 1509.09308, section 4.1); its only factor is 1/2, so float32 loses no accuracy.
+    arXiv 1509.09308, section 4.1); its only factor is 1/2, so it rounds hardly more than they do.
     In float32 always: a CPU would convert narrower types anyway, and sums of frames round less.
     """
     dtype, f = x.dtype, x.shape[1] - 2
