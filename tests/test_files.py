@@ -2,12 +2,8 @@
 
 import json
 import os
-import pickle
-import sys
-import types
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,64 +16,14 @@ from safetensors.numpy import save_file
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.files import read
 from liveavatar_jax.weights.rules import Rule, load
+from tests.torch_zip import Storage, Tensor, fake_torch, save_pth
 
 X = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 
-@dataclass
-class Storage:
-    kind: type
-    key: str
-    array: np.ndarray
-
-
-@dataclass
-class Tensor:
-    """What torch.save stores of a tensor: a call of _rebuild_tensor_v2 on a storage."""
-
-    storage: Storage
-    offset: int
-    shape: tuple
-    strides: tuple
-
-    def __reduce__(self):
-        rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2  # type: ignore
-        return rebuild, (self.storage, self.offset, self.shape, self.strides, False, OrderedDict())
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, obj):
-        if isinstance(obj, Storage):
-            return ("storage", obj.kind, obj.key, "cpu", obj.array.size)
-        return None
-
-
 @pytest.fixture
 def torch(monkeypatch):
-    """Just enough of a module named torch for a pickle to refer to it."""
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    for name in ("FloatStorage", "BFloat16Storage", "SecretStorage"):
-        setattr(torch, name, type(name, (), {"__module__": "torch"}))
-
-    def _rebuild_tensor_v2(*_):
-        raise AssertionError("the reader must not look this up")
-
-    _rebuild_tensor_v2.__module__ = "torch._utils"
-    _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
-    utils._rebuild_tensor_v2 = _rebuild_tensor_v2
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "torch._utils", utils)
-    return torch
-
-
-def save_pth(path: Path, state, *storages: Storage, compression=zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        with archive.open("net/data.pkl", "w") as file:
-            Pickler(file, protocol=2).dump(state)
-        for storage in storages:
-            archive.writestr(f"net/data/{storage.key}", storage.array.tobytes())
-        archive.writestr("net/byteorder", "little")
-    return path
+    return fake_torch(monkeypatch)
 
 
 def test_pth_gives_tensors_as_stored(tmp_path, torch):

@@ -4,8 +4,8 @@
     OUT/files.json                 the size of every file, to notice a damaged copy
     OUT/source.json                which published files it was made from
     OUT/spiece.model               the tokenizer of the text encoder, when it was found
-    OUT/dit/blocks.003/            one layer of a stack (Orbax, {leaf path: rows of the leaf})
-    OUT/dit/rest.000/              what is not stacked, in pieces of at most half a GiB
+    OUT/dit/blocks.003.0/          one layer of a stack (Orbax, {leaf path: rows of the leaf})
+    OUT/dit/rest.0/                what is not stacked; both in pieces of at most 256 MiB
 
 Every item is whole or absent. While a folder is being made it is called OUT.partial, so one
 that looks finished is finished, and a run that was interrupted goes on at the missing item.
@@ -44,7 +44,7 @@ from liveavatar_jax.weights.rules import Rule
 from liveavatar_jax.weights.vae import VAE_RULES
 from liveavatar_jax.weights.wan import DIT_RULES
 
-PIECE = 2**29  # bytes; unstacked leaves are packed, and cut, to items of at most this size
+PIECE = 2**28  # bytes; of an item at most, unless a single row is larger
 
 
 class Network(NamedTuple):
@@ -87,23 +87,41 @@ def abstract(cfg: ModelConfig, which: str, dtype: str | None = None) -> Any:
 def plan(module: Any, which: str) -> dict[str, list[Rows]]:
     """The items of a network, in the order in which they are written and read."""
     stacks = {rule.target.split("[")[0] for rule in NETWORKS[which].rules if "[" in rule.target}
-    items: dict[str, list[Rows]] = {}
-    rest, room = -1, 0
-    for path, leaf in leaves(module).items():
-        rows = len(leaf.shape) and leaf.shape[0]
-        if stack := next((stack for stack in stacks if path.startswith(stack + ".")), None):
-            for i in range(rows):
-                items.setdefault(f"{stack}.{i:03d}", []).append(Rows(path, i, i + 1))
-            continue
-        size = Rows(path, 0, rows).nbytes(leaf)
-        step = max(1, rows * PIECE // max(size, PIECE))
-        for start in range(0, rows, step):
-            piece = Rows(path, start, min(start + step, rows))
-            if piece.nbytes(leaf) > room:
-                rest, room = rest + 1, PIECE
-            room -= piece.nbytes(leaf)
-            items.setdefault(f"rest.{rest:03d}", []).append(piece)
-    return items
+    groups: dict[str, list[Rows]] = {"rest": []}
+    shapes = leaves(module)
+    for path, leaf in shapes.items():
+        stack = next((stack for stack in stacks if path.startswith(stack + ".")), None)
+        for rows in _cut(path, leaf) if stack is None else _layers(path, leaf):
+            groups.setdefault(f"{stack}.{rows.start:03d}" if stack else "rest", []).append(rows)
+    return {
+        f"{group}.{i}": parts
+        for group, rows in groups.items()
+        for i, parts in enumerate(_pack(rows, shapes))
+    }
+
+
+def _layers(path: str, leaf: Any) -> list[Rows]:
+    return [Rows(path, i, i + 1) for i in range(leaf.shape[0])]
+
+
+def _cut(path: str, leaf: Any) -> list[Rows]:
+    rows = leaf.shape[0]
+    step = max(1, rows * PIECE // max(PIECE, Rows(path, 0, rows).nbytes(leaf)))
+    return [Rows(path, i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _pack(rows: list[Rows], shapes: Mapping[str, Any]) -> list[list[Rows]]:
+    """In their order, as many together as fit in a piece; never two of the same leaf."""
+    packed: list[list[Rows]] = []
+    room = 0
+    for part in rows:
+        size = part.nbytes(shapes[part.leaf])
+        if size > room or part.leaf in {other.leaf for other in packed[-1]}:
+            packed.append([])
+            room = PIECE
+        packed[-1].append(part)
+        room -= size
+    return packed
 
 
 def load_config(folder: Path) -> ModelConfig:
