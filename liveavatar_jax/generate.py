@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from pathlib import Path
 
 import jax
@@ -21,7 +21,7 @@ from liveavatar_jax.data.audio import SAMPLE_RATE, read_audio
 from liveavatar_jax.data.image import Fit, load_portrait, to_pixels
 from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.data.video import VideoWriter
-from liveavatar_jax.models.mel import MelConfig, log_mel
+from liveavatar_jax.models.mel import MelConfig
 from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.types import Array, Float, UInt8
 from liveavatar_jax.weights import checkpoint
@@ -124,28 +124,16 @@ def hear(
     """Speech features block by block, for ever: silence follows the end of the file."""
     if cfg.speech_fits:
         encoder: SpeechEncoder = checkpoint.restore(folder, "speech")
-        encode = functools.partial(jax.jit(window_features), encoder)
-        blocks = speech.file_features(encode, read_audio(audio), moments)
+        window = speech.SpeechWindow.for_files()
+        encode, silence = functools.partial(jax.jit(window_features), encoder), 0.0
     else:
-        blocks = mel_features(MelConfig(cfg.dit.audio_dim, cfg.dit.audio_layers), audio)
-    silence = np.zeros((BLOCK, cfg.dit.audio_layers, cfg.dit.audio_dim), np.float32)
-    for block in blocks:
-        yield np.asarray(block, np.float32)
-    while True:
-        yield silence
-
-
-def mel_features(cfg: MelConfig, audio: Path) -> Iterator[Float[np.ndarray, "12 layers c"]]:
-    """Log-mel features of a file, block by block."""
-    encode = jax.jit(log_mel, static_argnums=1)
-    before, after = (np.zeros(n, np.float32) for n in (cfg.past, cfg.future + BLOCK * SAMPLES))
-    chunks, held = chain([before], read_audio(audio), [after]), np.zeros(0, np.float32)
-    size = cfg.past + BLOCK * SAMPLES + cfg.future
-    for chunk in chunks:
-        held = np.concatenate([held, chunk])
-        while len(held) >= size:
-            yield np.asarray(encode(held[None, :size], cfg)[0])
-            held = held[BLOCK * SAMPLES :]
+        mel = MelConfig(cfg.dit.audio_dim, cfg.dit.audio_layers)
+        window = speech.mel_window(mel)
+        encode, silence = jax.jit(speech.mel_encode(mel, window)), -1.0
+    for block in speech.file_features(encode, read_audio(audio), moments, window):
+        block = np.asarray(block, np.float32)
+        yield block
+    yield from itertools.repeat(np.full_like(block, silence))
 
 
 def with_lead(
@@ -210,7 +198,7 @@ def _run(
     with contextlib.suppress(KeyboardInterrupt), tqdm(total=frames, unit="frame") as bar:
         blocks = -(-(frames + stream.LEAD_FRAMES) // BLOCK)
         state, pending = start(*opening), None
-        for chunk in islice(chain([first], chunks), blocks):
+        for chunk in itertools.islice(itertools.chain([first], chunks), blocks):
             state, ready = step(avatar, state, chunk)
             if pending is not None:  # fetched while the device works on the next block
                 show(pending)

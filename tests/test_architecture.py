@@ -11,6 +11,7 @@ PACKAGE = ROOT / "liveavatar_jax"
 LEVELS = {
     "types": 0,
     "config": 0,
+    "paths": 0,
     "models": 1,
     "diffusion": 2,
     "stream": 3,

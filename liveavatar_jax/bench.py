@@ -1,0 +1,183 @@
+"""How long each component takes: compiled, on random weights, waited for."""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from liveavatar_jax import stream
+from liveavatar_jax.config import DiTConfig, ModelConfig, SpeechConfig, StreamConfig
+from liveavatar_jax.data.speech import Moments, SpeechWindow
+from liveavatar_jax.models.attention import KV
+from liveavatar_jax.models.audio import PAST, AudioTokens
+from liveavatar_jax.models.condition import MOTION_FRAMES
+from liveavatar_jax.models.speech import SpeechEncoder, window_features
+from liveavatar_jax.types import Array, LiveAvatarError
+
+COMPONENTS = ("audio", "prefill", "denoise", "decode", "block")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the latent height and width that it is timed at."""
+
+    model: ModelConfig
+    height: int
+    width: int
+
+
+def _laptop() -> ModelConfig:
+    dit = DiTConfig(
+        dim=512,
+        ffn_dim=2048,
+        heads=8,
+        layers=8,
+        inject_layers=(0, 2, 4, 6),
+        param_dtype="float32",
+    )
+    return ModelConfig(dit=dit, stream=StreamConfig(dtype="float32"))
+
+
+SIZES: dict[str, Callable[[], Size]] = {
+    "tiny": lambda: Size(ModelConfig.tiny(), 16, 16),
+    "laptop": lambda: Size(_laptop(), 24, 24),
+    "14b": lambda: Size(ModelConfig(), 48, 88),
+}
+
+
+def bench(sizes: Sequence[str], only: Sequence[str] | None, repeats: int, file: Path | None) -> str:
+    """A table of medians and ranges in seconds; the same figures as JSON in `file`.
+
+    Raises LiveAvatarError for unknown names, and a file that cannot be written.
+    """
+    chosen = list(only or COMPONENTS)
+    for name, known in [*((s, SIZES) for s in sizes), *((c, COMPONENTS) for c in chosen)]:
+        if name not in known:
+            raise LiveAvatarError(f"nothing called {name!r} to time; choose of {', '.join(known)}")
+    if repeats < 1:
+        raise LiveAvatarError(f"--repeats {repeats} must be at least 1")
+    rows = []
+    with tqdm(total=len(sizes) * len(chosen), leave=False, unit="component") as bar:
+        for name in sizes:
+            for component, run in _compiled(SIZES[name](), chosen):
+                bar.set_description(f"{name} {component}")
+                rows.append({"size": name, "component": component, **_time(run, repeats)})
+                bar.update()
+    report = {"machine": machine(), "repeats": repeats, "seconds": rows}
+    if file is not None:
+        try:
+            file.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise LiveAvatarError(f"{file} cannot be written ({error.strerror})") from None
+    return _table(report)
+
+
+def machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else platform.machine() + " CPU",
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The chosen components, in a stream whose rings are full and whose decoder is warm."""
+    cfg = size.model
+    if "audio" in chosen:
+        yield "audio", _speech(cfg.speech)
+    if set(chosen) <= {"audio"}:
+        return
+    avatar = jax.jit(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))()
+    dtype = cfg.stream.dtype
+    reference = jnp.zeros((1, 1, size.height, size.width, cfg.dit.latent_channels), dtype)
+    context = jnp.zeros((1, cfg.dit.text_len, cfg.dit.text_dim), dtype)
+    state = jax.jit(_running)(avatar, reference, context, jax.random.key(0))
+    heard = jnp.zeros((1, 1, 12, cfg.dit.audio_layers, cfg.dit.audio_dim), dtype)
+    latents = jnp.repeat(reference, cfg.stream.block_frames, axis=1)
+    runs = {
+        "prefill": _thunk(_prefill, avatar, state),
+        "denoise": _thunk(_denoise, avatar, state, latents, _tokens(avatar, heard)),
+        "decode": _thunk(stream.decode, avatar, state, latents),
+        "block": _thunk(stream.step, avatar, state, stream.Chunk(audio=heard)),
+    }
+    yield from ((name, runs[name]) for name in COMPONENTS if name in chosen and name in runs)
+
+
+def _running(
+    model: stream.Avatar, reference: Array, context: Array, key: Array
+) -> stream.StreamState:
+    portrait = stream.from_latents(model, reference, reference)
+    still = jnp.repeat(reference, MOTION_FRAMES, axis=1)
+    state = stream.start(model, dataclasses.replace(portrait, motion=still), context, key)
+    return dataclasses.replace(state, block=jnp.int32(99), position=jnp.int32(297))
+
+
+def _prefill(model: stream.Avatar, state: stream.StreamState) -> KV:
+    return model.dit.prefill(state.first, state.motion, state.text)
+
+
+def _tokens(model: stream.Avatar, heard: Array) -> AudioTokens:
+    past = jnp.repeat(heard[:, :, :1], PAST, axis=2)
+    return model.dit.audio(jnp.concatenate([past, heard], axis=2))
+
+
+def _denoise(
+    model: stream.Avatar, state: stream.StreamState, latents: Array, audio: AudioTokens
+) -> tuple[Array, KV]:
+    level, cache = jax.tree.map(lambda leaf: leaf[0], (state.levels, state.caches))
+    return model.dit.denoise(
+        latents,
+        level,
+        cache,
+        state.text,
+        audio,
+        block=state.block,
+        position=state.position,
+        distance=jnp.int32(30),
+        speakers=state.speakers,
+    )
+
+
+def _speech(cfg: SpeechConfig) -> Callable[[], Any]:
+    """The speech features of one block of a live stream."""
+    encoder = jax.jit(lambda: SpeechEncoder(cfg, rngs=nnx.Rngs(0)))()
+    window = SpeechWindow()
+    samples = jnp.zeros((1, window.samples))
+    return _thunk(window_features, encoder, samples, window.ask(0, Moments.prior()))
+
+
+def _thunk(function: Callable, *given: Any) -> Callable[[], Any]:
+    compiled = jax.jit(function)
+    return lambda: compiled(*given)
+
+
+def _time(run: Callable[[], Any], repeats: int) -> dict[str, float]:
+    jax.block_until_ready(run())  # compiles
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - begun)
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def _table(report: dict[str, Any]) -> str:
+    head = f"{'size':8} {'component':10} {'median s':>10} {'min':>10} {'max':>10}"
+    rows = [
+        f"{r['size']:8} {r['component']:10} {r['median']:10.4f} {r['min']:10.4f} {r['max']:10.4f}"
+        for r in report["seconds"]
+    ]
+    return "\n".join([", ".join(f"{k} {v}" for k, v in report["machine"].items()), head, *rows])

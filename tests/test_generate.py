@@ -1,0 +1,212 @@
+"""The command as a user meets it: files in, a video out, one sentence where that cannot be."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+import soundfile
+from flax import nnx
+from PIL import Image
+
+from liveavatar_jax import cli, stream
+from liveavatar_jax.config import DiTConfig, ModelConfig, SpeechConfig
+from liveavatar_jax.generate import with_lead
+from liveavatar_jax.models.speech import SpeechEncoder
+from liveavatar_jax.models.text import TextEncoder
+from liveavatar_jax.weights import checkpoint
+
+DATA = Path(__file__).parent / "data"
+PORTRAIT, SPEECH = DATA / "portrait.jpg", DATA / "speech.wav"
+DIT = DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=2, inject_layers=(1,), audio_layers=5)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    """One compilation cache for this file, none of the user's."""
+    home = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A converted checkpoint with random weights, whose speech encoder fits its DiT."""
+    cfg = ModelConfig.tiny(dit=DIT, speech=SpeechConfig.tiny(layers=4))
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    avatar = stream.Avatar(cfg, rngs=nnx.Rngs(0))
+    networks = {
+        "dit": avatar.dit,
+        "vae": avatar.vae,
+        "text": TextEncoder(cfg.text, rngs=nnx.Rngs(1)),
+        "speech": SpeechEncoder(cfg.speech, rngs=nnx.Rngs(2)),
+    }
+    checkpoint.save(folder, cfg, networks)
+    return folder
+
+
+def command(weights: Path, out: Path, *more, image=PORTRAIT, audio=SPEECH) -> list[str]:
+    given = ["generate", "--weights", weights, "--image", image, "--audio", audio, "--out", out]
+    return [str(part) for part in (*given, "--size", "64*64", "--device", "cpu", *more)]
+
+
+def decoded(path: Path) -> tuple[list[np.ndarray], float]:
+    with av.open(str(path)) as file:
+        frames = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
+    with av.open(str(path)) as file:
+        sound = file.streams.audio[0]
+        return frames, float(sound.duration * sound.time_base)
+
+
+def test_a_video_has_the_sound_s_length(weights, tmp_path, capfd):
+    out = tmp_path / "out.mp4"
+    assert cli.main(command(weights, out)) == 0
+    frames, seconds = decoded(out)
+    speech = soundfile.info(SPEECH)
+    assert len(frames) == -(-speech.frames * 25 // speech.samplerate)
+    assert seconds == pytest.approx(len(frames) / 25, abs=1e-3)
+    printed, progress = capfd.readouterr()
+    for word in (f"{len(frames)} frames", "FPS", "real time", "first frame after"):
+        assert word in printed
+    assert "frame/s" in progress
+
+
+def test_the_seed_decides(weights, tmp_path):
+    videos = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.mp4"
+        assert cli.main(command(weights, out, "--seed", str(seed), "--steps", "1")) == 0
+        videos.append(np.stack(decoded(out)[0]))
+    np.testing.assert_array_equal(videos[0], videos[1])
+    assert (videos[0] != videos[2]).any()
+
+
+def test_speech_features_wait_for_the_frames_that_are_not_shown():
+    blocks = np.arange(36.0).reshape(3, 12, 1, 1)
+    later = np.concatenate(list(itertools.islice(with_lead(blocks), 3)))[:, 0, 0]
+    lead = stream.LEAD_FRAMES
+    np.testing.assert_array_equal(later[lead:], np.arange(36.0 - lead))
+    assert (later[:lead] == 0).all()
+
+
+def test_ten_milliseconds_and_silence_are_speech_enough(weights, tmp_path):
+    for name, samples in (("short", np.full(160, 0.1)), ("silent", np.zeros(16000))):
+        audio, out = tmp_path / f"{name}.wav", tmp_path / f"{name}.mp4"
+        soundfile.write(audio, samples, 16000)
+        assert cli.main(command(weights, out, audio=audio)) == 0
+        frames, _ = decoded(out)
+        assert len(frames) == -(-len(samples) // 640)
+
+
+def test_an_interrupt_leaves_a_playable_file(weights, tmp_path):
+    audio, out = tmp_path / "long.wav", tmp_path / "long.mp4"
+    soundfile.write(audio, np.sin(np.arange(16000 * 120) / 20), 16000)
+    arguments = command(weights, out, audio=audio)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "liveavatar_jax.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    waiting = time.monotonic() + 240
+    while not (out.exists() and out.stat().st_size > 2000) and time.monotonic() < waiting:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    frames, seconds = decoded(out)
+    assert process.returncode == 130 and "interrupted" in printed
+    assert 0 < len(frames) < 3000
+    assert f"{len(frames)} frames" in printed
+    assert seconds == pytest.approx(len(frames) / 25, abs=1e-3)
+
+
+def picture(path: Path, width: int, height: int) -> Path:
+    Image.new("RGB", (width, height)).save(path)
+    return path
+
+
+def test_bad_input_is_one_sentence(weights, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x00" * 100)
+    empty = tmp_path / "empty.wav"
+    soundfile.write(empty, np.zeros(0), 16000)
+    holes = tmp_path / "holes.wav"
+    soundfile.write(holes, np.full(16000, np.nan), 16000, subtype="FLOAT")
+    out = tmp_path / "out.mp4"
+    missing = tmp_path / "missing"
+    cases = [
+        (command(weights, out, image=missing), "missing"),
+        (command(weights, out, image=broken), "broken"),
+        (command(weights, out, image=picture(tmp_path / "strip.png", 10_000, 10)), "strip.png"),
+        (command(weights, out, audio=missing), "missing"),
+        (command(weights, out, audio=broken), "broken"),
+        (command(weights, out, audio=empty), "empty.wav"),
+        (command(weights, out, audio=holes), "holes.wav"),
+        (command(weights, missing / "out.mp4"), "missing"),
+        (command(weights, tmp_path), str(tmp_path)),
+        (command(missing, out), "not a converted checkpoint"),
+        (command(weights, out, "--steps", "0"), "--steps"),
+        (command(weights, out, "--size", "large"), "large"),
+        (command(weights, out, "--prompt", "hello"), "sentencepiece"),
+    ]
+    for arguments, named in cases:
+        assert cli.main(arguments) == 2, arguments
+        _, said = capsys.readouterr()
+        assert said.startswith("liveavatar-jax: ") and named in said
+        assert said.count("\n") == 1 and "Traceback" not in said
+        assert not out.exists()
+
+
+def test_a_one_pixel_portrait_is_a_portrait(weights, tmp_path):
+    out = tmp_path / "out.mp4"
+    dot = picture(tmp_path / "dot.png", 1, 1)
+    assert cli.main(command(weights, out, "--steps", "1", image=dot)) == 0
+    assert decoded(out)[0][0].shape == (64, 64, 3)
+
+
+def test_without_weights_the_command_says_how_to_get_them(tmp_path, capsys):
+    given = ["--image", str(PORTRAIT), "--audio", str(SPEECH), "--out", str(tmp_path / "out.mp4")]
+    assert cli.main(["generate", *given]) == 2
+    _, said = capsys.readouterr()
+    assert "--weights" in said and "convert" in said and said.count("\n") == 1
+
+
+MEASURE = """
+import resource, sys
+from liveavatar_jax import cli
+assert cli.main(sys.argv[1:]) == 0
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_recording(weights, tmp_path):
+    peaks = []
+    for seconds in (60, 600):
+        audio = tmp_path / f"{seconds}.wav"
+        soundfile.write(audio, np.sin(np.arange(16000 * seconds) / 20), 16000)
+        arguments = command(weights, tmp_path / "out.mp4", "--steps", "1", audio=audio)
+        result = subprocess.run(
+            [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(result.stdout.split("peak")[1]))
+    assert peaks[1] <= 1.1 * peaks[0], peaks
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    given = ["bench", "--sizes", "tiny", "--only", "prefill", "denoise", "--repeats", "1"]
+    assert cli.main([*given, "--json", str(figures)]) == 0
+    assert "denoise" in capsys.readouterr().out and '"median"' in figures.read_text()
+    assert cli.main(["bench", "--sizes", "huge"]) == 2
+    assert "huge" in capsys.readouterr().err
