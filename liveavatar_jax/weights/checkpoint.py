@@ -253,8 +253,8 @@ def _read(
     }
     try:
         with _quiet():
-            stored = _CHECKPOINTER.metadata(item.absolute()).item_metadata.tree
-            agree = {k: tuple(v.shape) for k, v in stored.items()} == _shapes(want)
+            stored = _CHECKPOINTER.metadata(item.absolute()).item_metadata
+            agree = stored is not None and _shapes(stored.tree) == _shapes(want)
             how = ocp.checkpoint_utils.construct_restore_args(want)
             args = ocp.args.PyTreeRestore(item=want, restore_args=how)
             pieces = _CHECKPOINTER.restore(item.absolute(), args=args) if agree else None

@@ -96,7 +96,7 @@ def convert(
     stopped. Raises LiveAvatarError, with everything that is wrong with the tensors at once, and
     for a full disk or an `out` that is taken or cannot be written.
     """
-    base = _base_folder(base)
+    base, out = _base_folder(base), out.absolute()
     published = {
         "dit": read(base),
         "vae": read(base / VAE_FILE),
