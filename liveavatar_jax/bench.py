@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -100,7 +101,7 @@ def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable
         yield "audio", _speech(cfg.speech)
     if set(chosen) <= {"audio"}:
         return
-    avatar = jax.jit(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))()
+    avatar = _made_up(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
     dtype = cfg.stream.dtype
     reference = jnp.zeros((1, 1, size.height, size.width, cfg.dit.latent_channels), dtype)
     context = jnp.zeros((1, cfg.dit.text_len, cfg.dit.text_dim), dtype)
@@ -114,6 +115,16 @@ def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable
         "block": _thunk(stream.step, avatar, state, stream.Chunk(audio=heard)),
     }
     yield from ((name, runs[name]) for name in COMPONENTS if name in chosen and name in runs)
+
+
+def _made_up(make: Callable[[], Any]) -> Any:
+    """The module with small, varied weights: to compile its own random ones takes far longer."""
+
+    def wave(leaf: jax.ShapeDtypeStruct) -> Array:
+        i = jax.lax.iota(jnp.float32, math.prod(leaf.shape))
+        return (0.03 * jnp.sin(i)).astype(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.map(wave, jax.eval_shape(make))
 
 
 def _running(
@@ -153,7 +164,7 @@ def _denoise(
 
 def _speech(cfg: SpeechConfig) -> Callable[[], Any]:
     """The speech features of one block of a live stream."""
-    encoder = jax.jit(lambda: SpeechEncoder(cfg, rngs=nnx.Rngs(0)))()
+    encoder = _made_up(lambda: SpeechEncoder(cfg, rngs=nnx.Rngs(0)))
     window = SpeechWindow()
     samples = jnp.zeros((1, window.samples))
     return _thunk(window_features, encoder, samples, window.ask(0, Moments.prior()))

@@ -156,7 +156,7 @@ class StreamConfig:
 
     @property
     def distance_range(self) -> tuple[int, int]:
-        return self.distance if isinstance(self.distance, tuple) else (self.distance,) * 2
+        return self.distance if isinstance(self.distance, tuple) else (self.distance, self.distance)
 
     @property
     def block_video_frames(self) -> int:

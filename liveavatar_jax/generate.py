@@ -197,12 +197,12 @@ def _run(
 
     with contextlib.suppress(KeyboardInterrupt), tqdm(total=frames, unit="frame") as bar:
         blocks = -(-(frames + stream.LEAD_FRAMES) // BLOCK)
-        state, pending = start(*opening), None
-        for chunk in itertools.islice(itertools.chain([first], chunks), blocks):
+        state = start(*opening)
+        state, pending = step(avatar, state, first)
+        for chunk in itertools.islice(chunks, blocks - 1):
             state, ready = step(avatar, state, chunk)
-            if pending is not None:  # fetched while the device works on the next block
-                show(pending)
-                first_frame = first_frame or time.perf_counter() - begun
+            show(pending)  # fetched while the device works on the next block
+            first_frame = first_frame or time.perf_counter() - begun
             pending = ready
         show(pending)
         finished = True

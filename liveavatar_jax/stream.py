@@ -192,7 +192,7 @@ def denoise(
     rings = state.caches if own_level else None
     steps = (levels, sigma[:-1], sigma[1:], drawn.distance[: cfg.steps], rings)
     x, fresh = jax.lax.scan(one_step, drawn.noise.astype(cfg.dtype), steps)
-    if not own_level:
+    if fresh is None:  # then the block is remembered as it is at the level of the history
         again = add_noise(x, drawn.renoise.astype(x.dtype), jnp.asarray(cfg.history, x.dtype))
         level = jax.tree.map(lambda leaf: leaf[-1], state.levels)
         _, fresh = forward(again, level, _first(state.caches), drawn.distance[-1])

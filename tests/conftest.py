@@ -12,6 +12,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Nearly all of the suite's time is XLA compiling; what one run or file compiled serves the next.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
 
 @pytest.fixture(scope="session")
 def parity() -> Path:

@@ -23,6 +23,8 @@ from liveavatar_jax.models.speech import SpeechEncoder
 from liveavatar_jax.models.text import TextEncoder
 from liveavatar_jax.weights import checkpoint
 
+from .networks import random
+
 DATA = Path(__file__).parent / "data"
 PORTRAIT, SPEECH = DATA / "portrait.jpg", DATA / "speech.wav"
 DIT = DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=2, inject_layers=(1,), audio_layers=5)
@@ -30,11 +32,11 @@ DIT = DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=2, inject_layers=(1,), 
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory, monkeypatch):
-    """One compilation cache for this file, none of the user's."""
-    home = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    """The command's cache of compiled programs, away from the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    mine = jax.config.jax_compilation_cache_dir
     yield
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", mine)
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +44,12 @@ def weights(tmp_path_factory) -> Path:
     """A converted checkpoint with random weights, whose speech encoder fits its DiT."""
     cfg = ModelConfig.tiny(dit=DIT, speech=SpeechConfig.tiny(layers=4))
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    avatar = stream.Avatar(cfg, rngs=nnx.Rngs(0))
+    avatar = random(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
     networks = {
         "dit": avatar.dit,
         "vae": avatar.vae,
-        "text": TextEncoder(cfg.text, rngs=nnx.Rngs(1)),
-        "speech": SpeechEncoder(cfg.speech, rngs=nnx.Rngs(2)),
+        "text": random(lambda: TextEncoder(cfg.text, rngs=nnx.Rngs(0))),
+        "speech": random(lambda: SpeechEncoder(cfg.speech, rngs=nnx.Rngs(0))),
     }
     checkpoint.save(folder, cfg, networks)
     return folder

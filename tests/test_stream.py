@@ -14,6 +14,8 @@ from liveavatar_jax.config import DiTConfig, ModelConfig, StreamConfig
 from liveavatar_jax.models.attention import KVCache
 from liveavatar_jax.types import LiveAvatarError
 
+from .networks import random
+
 SIDE = 64
 DIT = DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=2, inject_layers=(1,), audio_layers=3)
 NET = ModelConfig.tiny(dit=DIT)
@@ -22,12 +24,8 @@ FIXED = StreamConfig(dtype="float32", distance=20)
 
 @functools.cache
 def weights() -> stream.Avatar:
-    """Random, and none of them zero, so that every part shows in the result."""
-    avatar = stream.Avatar(dataclasses.replace(NET, stream=FIXED), rngs=nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(avatar)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    shaken = [w + 0.05 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, shaken)
+    cfg = dataclasses.replace(NET, stream=FIXED)
+    return random(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
 
 
 def avatar(**changes) -> stream.Avatar:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import resource
 import signal
@@ -271,19 +272,20 @@ def test_sound_that_fails_midway_leaves_a_playable_file(tmp_path):
     assert 35 < len(play(tmp_path / "a.mp4").times) < 50
 
 
-@pytest.fixture
-def disk():
-    """disk(n): from now on no file of this process can grow beyond n bytes."""
+@contextlib.contextmanager
+def disk(size):
+    """Inside, no file of this process can grow beyond `size` bytes, its log not either."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_whole_fragments(tmp_path, disk):
-    disk(1_000_000)
-    with pytest.raises(
-        LiveAvatarError, match=r"cannot write .*a\.mp4 .*: the disk is full; .* plays"
-    ):
+def test_a_full_disk_leaves_whole_fragments(tmp_path):
+    said = r"cannot write .*a\.mp4 .*: the disk is full; .* plays"
+    with pytest.raises(LiveAvatarError, match=said), disk(1_000_000):
         with VideoWriter(tmp_path / "a.mp4", SIZE, audio=SPEECH) as video:
             for _ in range(40):
                 video.write(noise(12))
@@ -292,9 +294,9 @@ def test_a_full_disk_leaves_whole_fragments(tmp_path, disk):
     np.testing.assert_allclose(np.diff(played.times), 0.04, rtol=0, atol=1e-6)
 
 
-def test_a_disk_too_full_for_one_fragment_leaves_nothing(tmp_path, disk):
-    disk(50_000)
-    with pytest.raises(LiveAvatarError, match="the disk is full; nothing is kept"):
+def test_a_disk_too_full_for_one_fragment_leaves_nothing(tmp_path):
+    said = "the disk is full; nothing is kept"
+    with pytest.raises(LiveAvatarError, match=said), disk(50_000):
         with VideoWriter(tmp_path / "a.mp4", SIZE) as video:
             for _ in range(20):
                 video.write(noise(12))
@@ -310,7 +312,7 @@ def test_a_device_without_space_is_a_full_disk(tmp_path):
             video.write(grey(100))
 
 
-def test_a_disk_that_fills_up_at_any_byte_leaves_what_plays(tmp_path, disk):
+def test_a_disk_that_fills_up_at_any_byte_leaves_what_plays(tmp_path):
     def write(path):
         with VideoWriter(path, SIZE, audio=SPEECH) as video:
             for start in range(0, 120, 12):
@@ -319,8 +321,7 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_what_plays(tmp_path, disk):
     write(tmp_path / "whole.mp4")
     end = (tmp_path / "whole.mp4").stat().st_size
     for short in (1, 100, 1000, 3000, end // 3, end // 2, end - 40, end):
-        disk(end - short)
-        with pytest.raises(LiveAvatarError, match="the disk is full"):
+        with pytest.raises(LiveAvatarError, match="the disk is full"), disk(end - short):
             write(tmp_path / "a.mp4")
         if (tmp_path / "a.mp4").exists():
             played = play(tmp_path / "a.mp4", torn=True)

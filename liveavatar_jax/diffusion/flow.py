@@ -14,7 +14,7 @@ from liveavatar_jax.types import Array, Float, Int
 TRAIN_STEPS = 1000
 
 
-def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
+def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
     """Levels moved towards noise: `shift · s / (1 + (shift - 1) · s)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -25,8 +25,8 @@ def sampling_levels(steps: int, shift: float = 3.0) -> np.ndarray:
     It shifts twice: once the ends of the range, and once more the equally spaced levels between
     them. Four steps give 1, 0.8577, 0.6022, 0.0089 and 0.
     """
-    lowest = shifted(1 / TRAIN_STEPS, shift)
-    levels = shifted(np.linspace(1.0, lowest, steps), shift)
+    lowest = shifted(np.asarray(1 / TRAIN_STEPS), shift)
+    levels = shifted(np.linspace(1.0, float(lowest), steps), shift)
     return np.append(levels, 0.0).astype(np.float32)
 
 

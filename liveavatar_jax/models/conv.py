@@ -70,7 +70,8 @@ def _conv3d_by_taps(x, kernel):
     k0, k1, k2 = kernel
 
     if f % 2:
-        y = sum(conv2d(x[:, i : i + f], tap) for i, tap in enumerate((k0, k1, k2)))
+        first, second, third = (conv2d(x[:, i : i + f], k) for i, k in enumerate((k0, k1, k2)))
+        y = first + second + third
     else:
         x0, x1, x2, x3 = (x[:, i : i + f - 1 : 2] for i in range(4))
         outer, inner = (k0 + k2) / 2, k1 / 2

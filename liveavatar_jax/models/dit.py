@@ -115,7 +115,7 @@ class CausalDiT(nnx.Module):
         def linear(inputs: int, outputs: int = dim) -> Linear:
             return Linear(inputs, outputs, dtype, rngs=rngs)
 
-        def stack(make: type[nnx.Module], depth: int) -> Any:
+        def stack(make: Callable[..., nnx.Module], depth: int) -> Any:
             keys = jax.random.split(rngs.params(), depth)
             return jax.vmap(lambda key: make(cfg, rngs=nnx.Rngs(key)))(keys)
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
+from liveavatar_jax.models.layers import along_last
 from liveavatar_jax.types import Array, Float, LiveAvatarError, struct
 
 # Published statistics of the 16 latent channels.
@@ -41,11 +42,6 @@ class FeatureCache:
     tails: tuple[Tail, ...]  # one per layer, in the order they run
 
 
-def per_channel(values, x: Float[Array, "*n c"]) -> Float[Array, "*ones c"]:
-    """One value a channel, with the rank and dtype of `x`."""
-    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 class Conv(nnx.Module):
     """Kernel and bias of a convolution, for the layers below to apply."""
 
@@ -57,7 +53,7 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out,), dtype))
 
     def shift(self, x: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
-        return x + per_channel(self.bias[...], x)
+        return x + along_last(self.bias[...], x)
 
 
 class Pointwise(Conv):
@@ -91,7 +87,7 @@ class Norm(nnx.Module):
         wide = x.astype(jnp.float32)
         square = jnp.sum(wide * wide, axis=-1, keepdims=True)
         unit = wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # published: length at least 1e-12
-        scale = per_channel(self.scale[...], wide) * x.shape[-1] ** 0.5
+        scale = along_last(self.scale[...], wide) * x.shape[-1] ** 0.5
         return (unit * scale).astype(x.dtype)
 
 
@@ -139,16 +135,16 @@ class Downsample(nnx.Module):
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         x = conv2d(x, self.conv.kernel[...], stride=2, pad=((0, 1), (0, 1)))
         x = self.conv.shift(x)
-        return (x, ()) if self.time_conv is None else self._halve(x, tail)
+        return (x, ()) if self.time_conv is None else self._halve(self.time_conv, x, tail)
 
-    def _halve(self, x, last):
+    def _halve(self, conv: Conv, x, last):
         """The first frame of a video passes alone; then (last, 1, 2), (2, 3, 4) make one each."""
         if last is None:
             return x, x
         last, x = x[:, -1:], jnp.concatenate([last, x], axis=1)
         taps = jnp.concatenate([x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]], axis=-1)
-        kernel = self.time_conv.kernel[...].astype(x.dtype)
-        return self.time_conv.shift(taps @ rearrange(kernel, "k c o -> (k c) o")), last
+        kernel = conv.kernel[...].astype(x.dtype)
+        return conv.shift(taps @ rearrange(kernel, "k c o -> (k c) o")), last
 
 
 class Upsample(nnx.Module):
@@ -159,14 +155,14 @@ class Upsample(nnx.Module):
         self.conv = Conv(cfg, c, c // 2, (3, 3), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        x, tail = (x, ()) if self.time_conv is None else self._double(x, tail)
+        x, tail = (x, ()) if self.time_conv is None else self._double(self.time_conv, x, tail)
         return self.conv.shift(conv2d_doubled(x, self.conv.kernel[...])), tail
 
-    def _double(self, x, tail):
+    def _double(self, conv: CausalConv, x, tail):
         """The first latent of a video stays one frame, and the second does not know of it."""
         if tail is None:
             return x, jnp.repeat(jnp.zeros_like(x), 2, axis=1)
-        x, tail = self.time_conv(x, tail)
+        x, tail = conv(x, tail)
         return rearrange(x, "b f h w (two c) -> b (f two) h w c", two=2), tail
 
 
@@ -310,12 +306,18 @@ class VAE(nnx.Module):
 
 def normalise(mean: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
     """Encoder output to the latents that the diffusion model knows: about zero mean, unit width."""
-    return (mean - per_channel(LATENT_MEAN, mean)) / per_channel(LATENT_STD, mean)
+    center, width = _statistics(mean)
+    return (mean - center) / width
 
 
 def denormalise(latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
     """The inverse of `normalise`."""
-    return latents * per_channel(LATENT_STD, latents) + per_channel(LATENT_MEAN, latents)
+    center, width = _statistics(latents)
+    return latents * width + center
+
+
+def _statistics(like: Float[Array, "*n c"]) -> list[Float[Array, "*ones c"]]:
+    return [along_last(jnp.asarray(values), like) for values in (LATENT_MEAN, LATENT_STD)]
 
 
 def _run(layers, x, cache):

@@ -13,10 +13,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from liveavatar_jax.config import DiTConfig
 from liveavatar_jax.models.audio import PAST
 from liveavatar_jax.models.dit import CausalDiT
-from liveavatar_jax.weights import rules, wan
+from liveavatar_jax.weights import files, rules, wan
 
 
 @dataclass
@@ -55,33 +54,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.parity)
 
 
-def dit_config(sidecar: dict[str, Any]) -> DiTConfig:
-    c = sidecar["config"]
-    return DiTConfig(
-        dim=c["dim"],
-        ffn_dim=c["ffn_dim"],
-        heads=c["num_heads"],
-        layers=c["num_layers"],
-        latent_channels=c["in_dim"],
-        freq_dim=c["freq_dim"],
-        text_dim=c["text_dim"],
-        text_len=c["text_len"],
-        audio_dim=c["audio_dim"],
-        audio_layers=sidecar["audio_feature_layers"],
-        audio_tokens=c["num_audio_token"],
-        inject_layers=tuple(c["audio_inject_layers"]),
-        param_dtype="float32",
-    )
-
-
 @pytest.fixture(scope="session")
-def dit(parity: Path, fixture) -> CausalDiT:
+def dit(parity: Path) -> CausalDiT:
     """The small published checkpoint, widened to float32."""
-    cfg = dit_config(fixture("dit_common").sidecar)
     folder = parity / "tiny_checkpoint" / "Wan2.2-S2V-14B"
-    tensors = {}
-    for shard in sorted(folder.glob("diffusion_pytorch_model-*.safetensors")):
-        tensors |= load_file(shard)
+    tensors = files.read(folder)
+    config = json.loads((folder / "config.json").read_text())
+    cfg = wan.dit_config(config, tensors.stored, "config.json", param_dtype="float32")
     abstract = jax.eval_shape(lambda: CausalDiT(cfg, rngs=nnx.Rngs(0)))
     return rules.load(abstract, tensors, wan.DIT_RULES, where=folder.name)
 

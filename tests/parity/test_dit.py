@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from liveavatar_jax.models import layers
+from liveavatar_jax.models import layers, lora
 from liveavatar_jax.models.attention import KV, KVCache, attention
 from liveavatar_jax.models.condition import condition_phase, patchify
 from liveavatar_jax.models.dit import PATCH, Level
 from liveavatar_jax.models.layers import Phase, rotate
-from liveavatar_jax.weights import rules, wan
+from liveavatar_jax.weights import files, rules, wan
 
 from .conftest import after_repeats, features, latents, published
 
@@ -106,27 +106,28 @@ def test_text_embedding(dit, common, parts):
 
 def test_audio_adapter(dit, parts):
     one = features(parts["in.audio.block"])
-    tokens = dit.audio(after_repeats(one))
-    parts.check("audio.global", tokens.global_[0, :, :, None][0][None])
+    adapt = jax.jit(lambda m, x: m.audio(x))
+    tokens = adapt(dit, after_repeats(one))
+    parts.check("audio.global", tokens.global_[0, :, :, None])
     parts.check("audio.tokens", tokens.local[0])
     # All 22 steps of the published code, which pads each convolution with repeats: the same as
     # eight more repeats of the first frame.
     many = jnp.concatenate([jnp.repeat(one[:, :, :1], 81, axis=2), one], axis=2)
-    tokens = dit.audio(many)
+    tokens = adapt(dit, many)
     parts.check("audio.global_all", tokens.global_[0, :, :, None])
     parts.check("audio.tokens_all", tokens.local[0])
-    two = dit.audio(after_repeats(features(parts["in.audio.two_streams"])))
+    two = adapt(dit, after_repeats(features(parts["in.audio.two_streams"])))
     parts.check("audio2.global", two.global_[0, :, :, None])
     parts.check("audio2.tokens", two.local[0])
 
 
 def test_frame_packer(dit, common, parts):
     motion = latents(common["in.motion_latents"])
-    parts.check("framepack.tokens", dit.packer(motion))
-    parts.check("framepack.tokens_from_7_frames", dit.packer(motion[:, -7:]))
+    pack = jax.jit(lambda m, x: m.packer(x))
+    parts.check("framepack.tokens", pack(dit, motion))
+    parts.check("framepack.tokens_from_7_frames", pack(dit, motion[:, -7:]))
     turn = condition_phase(*motion.shape[2:4], roll=0, head_dim=dit.cfg.head_dim)
-    tokens = dit.packer(motion).shape[1]
-    parts.check("framepack.rope", pair(turn)[-tokens:])
+    parts.check("framepack.rope", pair(turn)[-len(parts["framepack.rope"]) :])
 
 
 def test_rotary_tables(dit, common, parts):
@@ -272,6 +273,33 @@ def test_denoise_with_a_level_per_frame(dit, fixture, common, text, empty):
         pose=latents(want["in.cond_states"])[:, :frames],
     )
     want.check("velocity.per_frame_t.block0", published(velocity))
+
+
+def test_velocity_with_the_lora_merged(dit, fixture, parity, common, empty):
+    want, calls = fixture("lora"), fixture("dit_denoise")
+    frames = common.sidecar["frames_per_block"]
+    tensors = files.read(parity / "tiny_checkpoint" / "LiveAvatar" / "liveavatar.safetensors")
+    shapes = wan.abstract_lora(dit, tensors, where="lora")
+    factors = rules.load(shapes, tensors, wan.LORA_RULES, where="lora")
+    merged = lora.merge(dit, factors, want.sidecar["config"]["scale"])
+    reference, motion = (latents(common[f"in.{n}_latents"]) for n in ("ref", "motion"))
+    text = merged.text(jnp.asarray(common["in.context"])[None])
+    sink = jax.jit(lambda m, *a: m.prefill(*a))(merged, reference, motion, text)
+    velocity, _ = denoise(
+        merged,
+        latents(calls["in.x"][0]),
+        levels(merged, np.full((1, frames), calls["t"][0])),
+        KVCache(ring=empty.ring, sink=sink),
+        text,
+        merged.audio(after_repeats(features(calls["in.audio"])[:, :, :12])),
+        block=jnp.int32(0),
+        position=jnp.int32(0),
+        distance=calls.sidecar["calls"]["relative_dist"][0],
+        speakers=everywhere(common),
+        pose=latents(calls["in.cond_states"])[:, :frames],
+    )
+    peak = want.sidecar["suggested_tolerance"]["velocity"]["peak_relative"]
+    want.check("velocity_with_merged_weights.block0", published(velocity), peak)
 
 
 @pytest.mark.parametrize("name, streams", [

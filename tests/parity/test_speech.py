@@ -147,6 +147,7 @@ def test_the_deviation_of_smaller_windows_is_as_documented(encoder, recordings):
     bounds = {(32000, 7680): 0.85, (64000, 7680): 0.82, (64000, 15360): 0.42}
     windows = (speech.SpeechWindow(left=left, ahead=ahead) for left, ahead in bounds)
     errors = [deviation(encoder, recordings[:2], window) for window in windows]
+    print("(left, ahead) samples and RMS deviation:", dict(zip(bounds, errors, strict=True)))
     assert errors == sorted(errors, reverse=True)
     assert all(error < bound for error, bound in zip(errors, bounds.values(), strict=True)), errors
 
