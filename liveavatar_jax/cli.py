@@ -126,7 +126,7 @@ def _set_up(device: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     try:
         jax.devices()
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # JAX asserts when none of the named kind starts
         raise LiveAvatarError(
             f"--device {device}: no such device here; install the extra for it "
             "(liveavatar-jax[cuda] or liveavatar-jax[tpu]) or use --device cpu"

@@ -25,8 +25,8 @@ def sampling_levels(steps: int, shift: float = 3.0) -> np.ndarray:
     It shifts twice: once the ends of the range, and once more the equally spaced levels between
     them. Four steps give 1, 0.8577, 0.6022, 0.0089 and 0.
     """
-    lowest = shifted(np.asarray(1 / TRAIN_STEPS), shift)
-    levels = shifted(np.linspace(1.0, float(lowest), steps), shift)
+    lowest = float(shifted(np.asarray([1 / TRAIN_STEPS]), shift)[0])
+    levels = shifted(np.linspace(1.0, lowest, steps), shift)
     return np.append(levels, 0.0).astype(np.float32)
 
 
