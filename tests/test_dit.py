@@ -18,7 +18,7 @@ from liveavatar_jax.types import LiveAvatarError
 from .networks import random
 
 CFG = DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=3, inject_layers=(1,), audio_layers=3)
-H, W, BLOCK = 6, 10, 3
+H, W, BLOCK = 8, 10, 3
 PATCHES = H * W // 4
 
 

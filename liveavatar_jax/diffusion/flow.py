@@ -42,8 +42,9 @@ def euler(
 
 
 def add_noise(
-    clean: Float[Array, "*b"], noise: Float[Array, "*b"], sigma: Float[Array, "*#b"]
-) -> Float[Array, "*b"]:
+    clean: Float[Array, "*#b"], noise: Float[Array, "*#b"], sigma: Float[Array, "*#b"]
+) -> Float[Array, "*#b"]:
+    """`clean` at level `sigma`, which broadcasts."""
     return (1.0 - sigma) * clean + sigma * noise
 
 
@@ -71,4 +72,4 @@ def training_levels(shift: float = 5.0) -> tuple[np.ndarray, np.ndarray]:
 def nearest_level(t: Float[Array, "*b"], shift: float = 5.0) -> Int[Array, "*b"]:
     """Index into `training_levels` of the timestep (0..1000) nearest to t, the first on ties."""
     timesteps = TRAIN_STEPS * jnp.asarray(training_levels(shift)[0])
-    return jnp.argmin(jnp.abs(timesteps - t[..., None]), axis=-1)
+    return jnp.argmin(jnp.abs(timesteps[None] - t.reshape(-1, 1)), axis=-1).reshape(t.shape)
