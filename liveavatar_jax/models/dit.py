@@ -199,7 +199,8 @@ class CausalDiT(nnx.Module):
         sink_turn = jax.tree.map(lambda a: a[: cache.sink.tokens], sink_turn)
         x = self._embed(x, pose)
         tokens = f * x.shape[2]
-        seen = cache.sink.tokens + jnp.minimum((block + 1) * tokens, cache.ring.tokens)
+        # Blocks are compared, not tokens: tokens would overflow after four days of video.
+        seen = cache.sink.tokens + jnp.minimum(block + 1, cache.ring.tokens // tokens) * tokens
 
         def attend(memory: KVCache, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
             fresh = KV(k=rotate(k, turn), v=v)
