@@ -1,6 +1,7 @@
 """Reads fixtures and compares by the measure the sidecars use: max|a - b| / max|b|."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ class Fixture:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.tensors[name]
+
+    def said(self, words: str) -> list[int]:
+        """The numbers in the first match of a pattern in what the sidecar says was computed."""
+        found = re.search(words, " ".join(self.sidecar["computation"]))
+        assert found, f"the sidecar says nothing like {words!r}"
+        return [int(number) for number in re.findall(r"\d+", found[0])]
 
     def check(self, name: str, ours, peak: float | None = None) -> None:
         """`ours` in the published axis order, against tensor `name`, at the sidecar's tolerance."""
@@ -79,6 +86,11 @@ def published(x: jnp.ndarray) -> np.ndarray:
 def features(x: np.ndarray) -> jnp.ndarray:
     """Published speech features [a layers c F] as [1 a F layers c]."""
     return jnp.asarray(x.transpose(0, 3, 1, 2))[None]
+
+
+def part(audio: jnp.ndarray, j: int, frames: int) -> jnp.ndarray:
+    """Features of block j of `frames` latent frames; four video frames are one latent frame."""
+    return audio[:, :, 4 * frames * j : 4 * frames * (j + 1)]
 
 
 def after_repeats(x: jnp.ndarray) -> jnp.ndarray:
