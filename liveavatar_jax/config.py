@@ -158,10 +158,6 @@ class StreamConfig:
     def distance_range(self) -> tuple[int, int]:
         return self.distance if isinstance(self.distance, tuple) else (self.distance, self.distance)
 
-    @property
-    def block_video_frames(self) -> int:
-        return 4 * self.block_frames
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -1,4 +1,4 @@
-"""Random networks for tests: compiling the real initialisers costs more than most tests."""
+"""Networks in tests: random ones, for compiling real initialisers costs more than most tests."""
 
 from typing import Any
 
@@ -26,3 +26,12 @@ def random(make: Any, seed: int = 0) -> Any:
         return jnp.asarray(x, leaf.dtype)
 
     return replace(abstract, {path: draw(path, leaf) for path, leaf in leaves(abstract).items()})
+
+
+def same(a: Any, b: Any) -> None:
+    """Asserts that two modules have equal weights, of equal dtypes, at equal paths."""
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)

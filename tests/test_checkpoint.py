@@ -17,6 +17,8 @@ from liveavatar_jax.paths import leaves
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 
+from .networks import same
+
 CFG = ModelConfig.tiny()
 
 
@@ -42,14 +44,6 @@ def saved(dit, tmp_path_factory):
 @pytest.fixture
 def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
-
-
-def same(a, b):
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
 def test_restore_of_a_save_is_the_identity(saved, dit):

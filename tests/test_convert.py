@@ -19,7 +19,9 @@ from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint, wan
 from liveavatar_jax.weights.convert import SPEECH_FOLDER, TEXT_FILE, VAE_FILE, convert
 from liveavatar_jax.weights.rules import export
-from tests.torch_zip import save_state
+
+from .networks import same
+from .torch_zip import save_state
 
 CFG = ModelConfig(
     dit=DiTConfig.tiny(param_dtype="bfloat16"),
@@ -98,14 +100,6 @@ def published_speech(cfg):
     sizes |= dict(num_conv_pos_embedding_groups=cfg.pos_groups, feat_extract_norm="layer")
     sizes |= dict(conv_bias=True, do_stable_layer_norm=True)
     return sizes | {f: getattr(cfg, f) for f in ("conv_dim", "conv_kernel", "conv_stride")}
-
-
-def same(a, b):
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,15 @@ from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.encoders import SPEECH_RULES, speech_config
 from liveavatar_jax.weights.rules import export, load
 
+from .networks import random, same
+
 TINY = SpeechConfig.tiny(layers=3)
 SMALL = SpeechWindow(left=9600, ahead=3200)  # 0.6 s before and 0.2 s after a block of 0.48 s
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return jax.jit(lambda: SpeechEncoder(TINY, rngs=nnx.Rngs(0)))()
+    return random(lambda: SpeechEncoder(TINY, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_export_undoes_import(encoder):
     assert "wav2vec2.encoder.pos_conv_embed.conv.weight_g" in published
     abstract = jax.eval_shape(lambda: SpeechEncoder(TINY, rngs=nnx.Rngs(0)))
     back = load(abstract, published, SPEECH_RULES, where="here")
-    assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(encoder)))
+    same(back, encoder)
 
 
 def test_speech_encoders_of_another_kind_are_refused():

@@ -11,9 +11,12 @@ from flax import nnx
 from liveavatar_jax.config import TextConfig
 from liveavatar_jax.data.prompt import Tokenizer, clean
 from liveavatar_jax.models.text import TextEncoder, relative_buckets
+from liveavatar_jax.paths import replace
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.encoders import TEXT_RULES, text_config
 from liveavatar_jax.weights.rules import export, load
+
+from .networks import random, same
 
 TINY = TextConfig.tiny()
 SENTENCES = [
@@ -27,11 +30,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def encoder():
-    made = jax.jit(lambda: TextEncoder(TINY, rngs=nnx.Rngs(0)))()
-    tables = jax.random.normal(jax.random.key(7), made.layers.position.shape)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: tables if "position" in jax.tree_util.keystr(path) else leaf, made
-    )
+    return random(lambda: TextEncoder(TINY, rngs=nnx.Rngs(0)))
 
 
 def prompts(lengths, t=20):
@@ -71,12 +70,8 @@ def test_every_layer_has_its_own_position_table(encoder, run):
     ids, mask = prompts([20])
     plain = run(encoder, ids, mask)
     for layer in range(TINY.layers):
-
-        def cleared(path, leaf, layer=layer):
-            here = "position" in jax.tree_util.keystr(path)
-            return leaf.at[layer].set(0.0) if here else leaf
-
-        without = jax.tree_util.tree_map_with_path(cleared, encoder)
+        table = encoder.layers.position[...]
+        without = replace(encoder, {"layers.position": table.at[layer].set(0.0)})
         assert jnp.abs(run(without, ids, mask) - plain).max() > 1e-2
 
 
@@ -117,7 +112,7 @@ def test_export_undoes_import(encoder):
     assert text_config(published, param_dtype="float32") == TINY
     abstract = jax.eval_shape(lambda: TextEncoder(TINY, rngs=nnx.Rngs(0)))
     back = load(abstract, published, TEXT_RULES, where="here")
-    assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(encoder)))
+    same(back, encoder)
 
 
 def test_another_file_is_not_taken_for_a_text_encoder():

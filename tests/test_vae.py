@@ -11,6 +11,8 @@ from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.rules import export, load
 from liveavatar_jax.weights.vae import VAE_RULES, vae_config
 
+from .networks import random, same
+
 # Three levels instead of four (4 frames and 4×4 pixels a latent), for the compiler's sake.
 SMALL = VAEConfig(dim=4, dim_mult=(1, 2, 2), res_blocks=1, time_down=(True, True))
 Z = len(LATENT_MEAN)
@@ -21,19 +23,7 @@ decode = jax.jit(lambda vae, latents, cache: vae.decode(latents, cache))
 
 @pytest.fixture(scope="module")
 def vae():
-    return filled(SMALL)
-
-
-def filled(cfg):
-    """A VAE with random weights from numpy: a random generator a leaf is long in compiling."""
-    rng = np.random.default_rng(0)
-
-    def fill(leaf):
-        if leaf.ndim == 1:  # bias or scale
-            return jnp.asarray(rng.normal(0.5, 0.2, leaf.shape), leaf.dtype)
-        return jnp.asarray(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(fill, jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))))
+    return random(lambda: VAE(SMALL, rngs=nnx.Rngs(0)))
 
 
 def noise(*shape, key=0):
@@ -130,7 +120,7 @@ def test_memory_does_not_grow_with_the_video(vae, call):
 
 def test_gradient_reaches_every_weight_and_every_frame():
     cfg = VAEConfig(dim=4, dim_mult=(1, 2), res_blocks=1, time_down=(True,))
-    vae = filled(cfg)
+    vae = random(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
 
     def loss(vae, video):
         latents, _ = vae.encode(video)
@@ -204,7 +194,7 @@ def test_a_file_names_its_config_and_fills_every_weight(vae):
     tensors = export(vae, VAE_RULES)
     assert vae_config(tensors) == SMALL
     loaded = load(jax.eval_shape(lambda: vae), tensors, VAE_RULES, where="here")
-    jax.tree.map(np.testing.assert_array_equal, loaded, vae)
+    same(loaded, vae)
 
 
 def test_a_foreign_file_is_refused():

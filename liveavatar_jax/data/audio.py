@@ -29,20 +29,6 @@ class Sound:
     pieces: Iterator[Float[np.ndarray, "channels _"]]
 
 
-@dataclass(frozen=True)
-class AudioStats:
-    """What the normalisation of the speech encoder needs to know of a whole file."""
-
-    samples: int
-    rate: int
-    mean: float
-    var: float  # of the population, as numpy's
-
-    @property
-    def seconds(self) -> float:
-        return self.samples / self.rate
-
-
 def load_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Float[np.ndarray, " samples"]:
     """The whole file as mono float32 at `rate`; raises LiveAvatarError as `open_sound`."""
     return np.concatenate(list(read_audio(path, rate)))
@@ -59,18 +45,6 @@ def read_audio(
     mono = (piece.mean(axis=0, keepdims=True) for piece in sound.pieces)
     for block in in_blocks(resample(mono, sound.rate, rate), chunk):
         yield block[0]
-
-
-def scan_audio(path: str | Path, rate: int = SAMPLE_RATE) -> AudioStats:
-    """Length, mean and variance in one pass; the file is decoded to its end, so damage shows."""
-    count, mean, squares = 0, 0.0, 0.0
-    for block in read_audio(path, rate):
-        x = block.astype(np.float64)
-        step, share = x.mean() - mean, x.size / (count + x.size)
-        squares += np.square(x - x.mean()).sum() + step**2 * count * share
-        mean += step * share
-        count += x.size
-    return AudioStats(count, rate, float(mean), float(squares / count))
 
 
 def open_sound(path: str | Path) -> Sound:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from liveavatar_jax.config import DiTConfig
 from liveavatar_jax.models.attention import Attention
-from liveavatar_jax.models.layers import Linear, modulate, standardise
+from liveavatar_jax.models.layers import Linear, along_last, modulate, standardise
 from liveavatar_jax.types import Array, Float, LiveAvatarError, struct
 
 PAST = 5  # feature frames before a block that its first latent frame still sees
@@ -35,7 +35,8 @@ class CausalConv(nnx.Module):
         steps = (x.shape[1] - 3) // self.stride + 1
         taps = [x[:, i : i + self.stride * (steps - 1) + 1 : self.stride] for i in range(3)]
         kernel = rearrange(self.kernel[...].astype(x.dtype), "k i o -> (k i) o")
-        y = jnp.concatenate(taps, axis=-1) @ kernel + self.bias[...].astype(x.dtype)[None, None]
+        y = jnp.concatenate(taps, axis=-1) @ kernel
+        y = y + along_last(self.bias[...], y)
         y = rearrange(y, "b i (g o) -> (b g) i o", g=groups)
         return jax.nn.silu(standardise(y)).astype(x.dtype)
 

@@ -12,17 +12,27 @@ from liveavatar_jax.types import Array, Float, Int, struct
 THETA = 10_000.0  # base of every frequency ladder
 
 
-class Linear(nnx.Module):
-    """`x @ kernel + bias` in the dtype of x, whatever dtype the weights are kept in."""
+class Map(nnx.Module):
+    """`x @ kernel` in the dtype of x, whatever dtype the weights are kept in."""
 
     def __init__(self, inputs: int, outputs: int, param_dtype: str, *, rngs: nnx.Rngs):
         scale = inputs**-0.5
         kernel = scale * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
         self.kernel = nnx.Param(kernel.astype(param_dtype))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return jnp.dot(x, self.kernel[...].astype(x.dtype))
+
+
+class Linear(Map):
+    """A `Map` with a bias."""
+
+    def __init__(self, inputs: int, outputs: int, param_dtype: str, *, rngs: nnx.Rngs):
+        super().__init__(inputs, outputs, param_dtype, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        y = super().__call__(x)
         return y + along_last(self.bias[...], y)
 
 

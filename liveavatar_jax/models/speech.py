@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.config import SpeechConfig
-from liveavatar_jax.models.layers import LayerNorm, Linear
+from liveavatar_jax.models.layers import LayerNorm, Linear, along_last
 from liveavatar_jax.types import Array, Bool, Float, Int, LiveAvatarError, struct
 
 EPS = 1e-5  # of every layer norm in here
@@ -32,8 +32,8 @@ class Conv(nnx.Module):
         self.norm = LayerNorm(o, dtype, EPS, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t i"]) -> Float[Array, "b s o"]:
-        y = _convolve(x, self.kernel[...], self.stride) + self.bias[...].astype(x.dtype)[None, None]
-        return jax.nn.gelu(self.norm(y), approximate=False)
+        y = _convolve(x, self.kernel[...], self.stride)
+        return jax.nn.gelu(self.norm(y + along_last(self.bias[...], y)), approximate=False)
 
 
 class PositionalConv(nnx.Module):
@@ -51,8 +51,8 @@ class PositionalConv(nnx.Module):
         kernel = self.kernel().astype(x.dtype)
         width = kernel.shape[0]
         x = jnp.pad(x, ((0, 0), (width // 2, (width - 1) // 2), (0, 0)))  # as many out as in
-        y = _convolve(x, kernel, 1, self.groups) + self.bias[...].astype(x.dtype)[None, None]
-        return jax.nn.gelu(y, approximate=False)
+        y = _convolve(x, kernel, 1, self.groups)
+        return jax.nn.gelu(y + along_last(self.bias[...], y), approximate=False)
 
     def kernel(self) -> Float[Array, "k i o"]:
         """One norm for each tap, over all its channels; float32."""

@@ -9,19 +9,8 @@ from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.config import TextConfig
-from liveavatar_jax.models.layers import RMSNorm
+from liveavatar_jax.models.layers import Map, RMSNorm
 from liveavatar_jax.types import Array, Bool, Float, Int
-
-
-class Map(nnx.Module):
-    """A linear map without bias, in the dtype of x."""
-
-    def __init__(self, inputs: int, outputs: int, param_dtype: str, *, rngs: nnx.Rngs):
-        kernel = inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(param_dtype))
-
-    def __call__(self, x: Float[Array, "b t i"]) -> Float[Array, "b t o"]:
-        return x @ self.kernel[...].astype(x.dtype)
 
 
 class Layer(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
-from liveavatar_jax.models.layers import along_last
+from liveavatar_jax.models.layers import Linear, along_last
 from liveavatar_jax.types import Array, Float, LiveAvatarError, struct
 
 # Published statistics of the 16 latent channels.
@@ -45,7 +45,7 @@ class FeatureCache:
 class Conv(nnx.Module):
     """Kernel and bias of a convolution, for the layers below to apply."""
 
-    def __init__(self, cfg: VAEConfig, c: int, out: int, window=(), *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, c: int, out: int, window, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.lecun_normal()
         dtype = jnp.dtype(cfg.param_dtype)
         shape = (*window, c, out)
@@ -54,13 +54,6 @@ class Conv(nnx.Module):
 
     def shift(self, x: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
         return x + along_last(self.bias[...], x)
-
-
-class Pointwise(Conv):
-    """A 1×1×1 convolution."""
-
-    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n o"]:
-        return self.shift(x @ self.kernel[...].astype(x.dtype))
 
 
 class CausalConv(Conv):
@@ -99,7 +92,7 @@ class Residual(nnx.Module):
         self.conv1 = CausalConv(cfg, c, out, rngs=rngs)
         self.norm2 = Norm(cfg, out, rngs=rngs)
         self.conv2 = CausalConv(cfg, out, out, rngs=rngs)
-        self.shortcut = Pointwise(cfg, c, out, rngs=rngs) if c != out else None
+        self.shortcut = Linear(c, out, cfg.param_dtype, rngs=rngs) if c != out else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         first, second = (None, None) if tail is None else tail
@@ -114,8 +107,8 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: VAEConfig, c: int, *, rngs: nnx.Rngs):
         self.norm = Norm(cfg, c, rngs=rngs)
-        self.qkv = Pointwise(cfg, c, 3 * c, rngs=rngs)
-        self.out = Pointwise(cfg, c, c, rngs=rngs)
+        self.qkv = Linear(c, 3 * c, cfg.param_dtype, rngs=rngs)
+        self.out = Linear(c, c, cfg.param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         q, k, v = rearrange(self.qkv(self.norm(x)), "b f h w (n c) -> n (b f) (h w) c", n=3)
@@ -242,8 +235,8 @@ class VAE(nnx.Module):
         self.frames_per_latent = 2 ** sum(cfg.time_down)
         self.pixels_per_latent = 2 ** (len(cfg.dim_mult) - 1)
         self.encoder = Encoder(cfg, rngs=rngs)
-        self.to_moments = Pointwise(cfg, 2 * cfg.z_dim, 2 * cfg.z_dim, rngs=rngs)
-        self.from_latents = Pointwise(cfg, cfg.z_dim, cfg.z_dim, rngs=rngs)
+        self.to_moments = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg.param_dtype, rngs=rngs)
+        self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
 
     def encode(

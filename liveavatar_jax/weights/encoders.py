@@ -5,7 +5,7 @@ from typing import Any
 
 from liveavatar_jax.config import SpeechConfig, TextConfig
 from liveavatar_jax.types import LiveAvatarError
-from liveavatar_jax.weights.rules import Rule
+from liveavatar_jax.weights.rules import Rule, affine
 
 _TEXT_LAYER = r"blocks\.(\d+)\."
 
@@ -28,29 +28,20 @@ _GAIN = r"(?:weight_g|parametrizations\.weight\.original0)"
 _DIRECTION = r"(?:weight_v|parametrizations\.weight\.original1)"
 
 SPEECH_RULES = (
-    Rule(_CONV + r"conv\.weight", r"convs.\1.kernel", "o i k -> k i o"),
-    Rule(_CONV + r"conv\.bias", r"convs.\1.bias"),
+    *affine(_CONV + "conv", r"convs.\1", "o i k -> k i o"),
     Rule(_CONV + r"layer_norm\.weight", r"convs.\1.norm.scale"),
     Rule(_CONV + r"layer_norm\.bias", r"convs.\1.norm.bias"),
     Rule(_PROJECTION + r"layer_norm\.weight", "project_norm.scale"),
     Rule(_PROJECTION + r"layer_norm\.bias", "project_norm.bias"),
-    Rule(_PROJECTION + r"projection\.weight", "project.kernel", "o i -> i o"),
-    Rule(_PROJECTION + r"projection\.bias", "project.bias"),
+    *affine(_PROJECTION + "projection", "project"),
     Rule(_POSITION + _GAIN, "pos_conv.g", "1 1 k -> k"),
     Rule(_POSITION + _DIRECTION, "pos_conv.v", "o i k -> k i o"),
     Rule(_POSITION + r"bias", "pos_conv.bias"),
-    Rule(_LAYER + r"attention\.([qkv]|out)_proj\.weight", r"layers[\1].\2.kernel", "o i -> i o"),
-    Rule(_LAYER + r"attention\.([qkv]|out)_proj\.bias", r"layers[\1].\2.bias"),
+    *affine(_LAYER + r"attention\.([qkv]|out)_proj", r"layers[\1].\2"),
     Rule(_LAYER + r"layer_norm\.weight", r"layers[\1].attn_norm.scale"),
     Rule(_LAYER + r"layer_norm\.bias", r"layers[\1].attn_norm.bias"),
-    Rule(
-        _LAYER + r"feed_forward\.intermediate_dense\.weight",
-        r"layers[\1].expand.kernel",
-        "o i -> i o",
-    ),
-    Rule(_LAYER + r"feed_forward\.intermediate_dense\.bias", r"layers[\1].expand.bias"),
-    Rule(_LAYER + r"feed_forward\.output_dense\.weight", r"layers[\1].shrink.kernel", "o i -> i o"),
-    Rule(_LAYER + r"feed_forward\.output_dense\.bias", r"layers[\1].shrink.bias"),
+    *affine(_LAYER + r"feed_forward\.intermediate_dense", r"layers[\1].expand"),
+    *affine(_LAYER + r"feed_forward\.output_dense", r"layers[\1].shrink"),
     Rule(_LAYER + r"final_layer_norm\.weight", r"layers[\1].ffn_norm.scale"),
     Rule(_LAYER + r"final_layer_norm\.bias", r"layers[\1].ffn_norm.bias"),
     Rule(_ENCODER + r"layer_norm\.weight", "norm.scale"),

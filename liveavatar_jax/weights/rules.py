@@ -58,6 +58,17 @@ class Rule:
         return _rearrange(tensor, " -> ".join(self.pattern.split(" -> ")[::-1]), self.sizes)
 
 
+LINEAR = "o i -> i o"
+
+
+def affine(
+    source: str, target: str, pattern: str = LINEAR, sizes: Mapping[str, int] | None = None
+) -> tuple[Rule, Rule]:
+    """The two lines of a linear layer or convolution: its weight, rearranged, and its bias."""
+    kernel = Rule(source + r"\.weight", target + ".kernel", pattern, sizes or {})
+    return kernel, Rule(source + r"\.bias", target + ".bias")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where one published tensor lives in our module: the leaf, and its slice when stacked."""

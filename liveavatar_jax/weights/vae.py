@@ -5,7 +5,7 @@ from typing import Any
 
 from liveavatar_jax.config import VAEConfig
 from liveavatar_jax.types import LiveAvatarError
-from liveavatar_jax.weights.rules import Rule
+from liveavatar_jax.weights.rules import Rule, affine
 
 _CUBE = "o i t h w -> t h w i o"
 _SQUARE = "o i h w -> h w i o"
@@ -17,13 +17,10 @@ _GAIN = "c 1 1 1 -> c"
 def _residual(theirs: str, ours: str) -> tuple[Rule, ...]:
     return (
         Rule(theirs + r"residual\.0\.gamma", ours + "norm1.scale", _GAIN),
-        Rule(theirs + r"residual\.2\.weight", ours + "conv1.kernel", _CUBE),
-        Rule(theirs + r"residual\.2\.bias", ours + "conv1.bias"),
+        *affine(theirs + r"residual\.2", ours + "conv1", _CUBE),
         Rule(theirs + r"residual\.3\.gamma", ours + "norm2.scale", _GAIN),
-        Rule(theirs + r"residual\.6\.weight", ours + "conv2.kernel", _CUBE),
-        Rule(theirs + r"residual\.6\.bias", ours + "conv2.bias"),
-        Rule(theirs + r"shortcut\.weight", ours + "shortcut.kernel", _POINT),
-        Rule(theirs + r"shortcut\.bias", ours + "shortcut.bias"),
+        *affine(theirs + r"residual\.6", ours + "conv2", _CUBE),
+        *affine(theirs + "shortcut", ours + "shortcut", _POINT),
     )
 
 
@@ -32,31 +29,21 @@ _UP, _OUR_UP = r"decoder\.upsamples\.(\d+)\.", r"decoder.up.\1."
 _CODER = r"(encoder|decoder)\."
 
 VAE_RULES = (
-    Rule(_CODER + r"conv1\.weight", r"\1.conv_in.kernel", _CUBE),
-    Rule(_CODER + r"conv1\.bias", r"\1.conv_in.bias"),
+    *affine(_CODER + "conv1", r"\1.conv_in", _CUBE),
     *_residual(_DOWN, _OUR_DOWN),
-    Rule(_DOWN + r"resample\.1\.weight", _OUR_DOWN + "conv.kernel", _SQUARE),
-    Rule(_DOWN + r"resample\.1\.bias", _OUR_DOWN + "conv.bias"),
-    Rule(_DOWN + r"time_conv\.weight", _OUR_DOWN + "time_conv.kernel", _TIME),
-    Rule(_DOWN + r"time_conv\.bias", _OUR_DOWN + "time_conv.bias"),
+    *affine(_DOWN + r"resample\.1", _OUR_DOWN + "conv", _SQUARE),
+    *affine(_DOWN + "time_conv", _OUR_DOWN + "time_conv", _TIME),
     *_residual(_CODER + r"middle\.([02])\.", r"\1.middle.\2."),
     Rule(_CODER + r"middle\.1\.norm\.gamma", r"\1.middle.1.norm.scale", "c 1 1 -> c"),
-    Rule(_CODER + r"middle\.1\.to_qkv\.weight", r"\1.middle.1.qkv.kernel", "o i 1 1 -> i o"),
-    Rule(_CODER + r"middle\.1\.to_qkv\.bias", r"\1.middle.1.qkv.bias"),
-    Rule(_CODER + r"middle\.1\.proj\.weight", r"\1.middle.1.out.kernel", "o i 1 1 -> i o"),
-    Rule(_CODER + r"middle\.1\.proj\.bias", r"\1.middle.1.out.bias"),
+    *affine(_CODER + r"middle\.1\.to_qkv", r"\1.middle.1.qkv", "o i 1 1 -> i o"),
+    *affine(_CODER + r"middle\.1\.proj", r"\1.middle.1.out", "o i 1 1 -> i o"),
     *_residual(_UP, _OUR_UP),
-    Rule(_UP + r"resample\.1\.weight", _OUR_UP + "conv.kernel", _SQUARE),
-    Rule(_UP + r"resample\.1\.bias", _OUR_UP + "conv.bias"),
-    Rule(_UP + r"time_conv\.weight", _OUR_UP + "time_conv.kernel", _CUBE),
-    Rule(_UP + r"time_conv\.bias", _OUR_UP + "time_conv.bias"),
+    *affine(_UP + r"resample\.1", _OUR_UP + "conv", _SQUARE),
+    *affine(_UP + "time_conv", _OUR_UP + "time_conv", _CUBE),
     Rule(_CODER + r"head\.0\.gamma", r"\1.head.norm.scale", _GAIN),
-    Rule(_CODER + r"head\.2\.weight", r"\1.head.conv.kernel", _CUBE),
-    Rule(_CODER + r"head\.2\.bias", r"\1.head.conv.bias"),
-    Rule(r"conv1\.weight", "to_moments.kernel", _POINT),
-    Rule(r"conv1\.bias", "to_moments.bias"),
-    Rule(r"conv2\.weight", "from_latents.kernel", _POINT),
-    Rule(r"conv2\.bias", "from_latents.bias"),
+    *affine(_CODER + r"head\.2", r"\1.head.conv", _CUBE),
+    *affine("conv1", "to_moments", _POINT),
+    *affine("conv2", "from_latents", _POINT),
 )
 
 

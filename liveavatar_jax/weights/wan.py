@@ -11,30 +11,17 @@ from liveavatar_jax.config import DiTConfig
 from liveavatar_jax.models.lora import Factors, init
 from liveavatar_jax.paths import leaves
 from liveavatar_jax.types import LiveAvatarError
-from liveavatar_jax.weights.rules import Rule
-
-_LINEAR = "o i -> i o"
-
-
-def _linear(source: str, target: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(source + r"\.weight", target + ".kernel", _LINEAR),
-        Rule(source + r"\.bias", target + ".bias"),
-    )
+from liveavatar_jax.weights.rules import LINEAR, Rule, affine
 
 
 def _patch(source: str, target: str, *window: int) -> tuple[Rule, Rule]:
     """A convolution whose stride is its window, as a matrix over flattened patches."""
     sizes = dict(zip("tpq", window, strict=True))
-    kernel = Rule(source + r"\.weight", target + ".kernel", "o c t p q -> (t p q c) o", sizes)
-    return kernel, Rule(source + r"\.bias", target + ".bias")
+    return affine(source, target, "o c t p q -> (t p q c) o", sizes)
 
 
 def _conv(source: str, target: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(source + r"\.conv\.weight", target + ".kernel", "o i k -> k i o"),
-        Rule(source + r"\.conv\.bias", target + ".bias"),
-    )
+    return affine(source + r"\.conv", target, "o i k -> k i o")
 
 
 _BLOCK = r"blocks\.(\d+)\."
@@ -44,32 +31,32 @@ _INJECTOR = r"audio_injector\.injector\.(\d+)\."
 DIT_RULES: tuple[Rule, ...] = (
     *_patch(r"patch_embedding", "patch", 1, 2, 2),
     *_patch(r"cond_encoder", "pose", 1, 2, 2),
-    *_linear(r"text_embedding\.0", "text_in"),
-    *_linear(r"text_embedding\.2", "text_out"),
-    *_linear(r"time_embedding\.0", "time_in"),
-    *_linear(r"time_embedding\.2", "time_out"),
-    *_linear(r"time_projection\.1", "time_proj"),
+    *affine(r"text_embedding\.0", "text_in"),
+    *affine(r"text_embedding\.2", "text_out"),
+    *affine(r"time_embedding\.0", "time_in"),
+    *affine(r"time_embedding\.2", "time_out"),
+    *affine(r"time_projection\.1", "time_proj"),
     Rule(_BLOCK + r"modulation", r"blocks[\1].modulation", "1 s dim -> s dim"),
-    *_linear(_BLOCK + r"(self|cross)_attn\.([qkvo])", r"blocks[\1].\2_attn.\3"),
+    *affine(_BLOCK + r"(self|cross)_attn\.([qkvo])", r"blocks[\1].\2_attn.\3"),
     Rule(_BLOCK + r"(self|cross)_attn\.norm_([qk])\.weight", r"blocks[\1].\2_attn.norm_\3.scale"),
     Rule(_BLOCK + r"norm3\.weight", r"blocks[\1].cross_norm.scale"),
     Rule(_BLOCK + r"norm3\.bias", r"blocks[\1].cross_norm.bias"),
-    *_linear(_BLOCK + r"ffn\.0", r"blocks[\1].ffn_in"),
-    *_linear(_BLOCK + r"ffn\.2", r"blocks[\1].ffn_out"),
+    *affine(_BLOCK + r"ffn\.0", r"blocks[\1].ffn_in"),
+    *affine(_BLOCK + r"ffn\.2", r"blocks[\1].ffn_out"),
     Rule(_AUDIO + r"weights", "audio.layer_weights", "1 l 1 1 -> l"),
     Rule(_AUDIO + r"encoder\.padding_tokens", "audio.pad_token", "1 1 1 dim -> dim"),
     *_conv(_AUDIO + r"encoder\.conv1_(local|global)", r"audio.conv1_\1"),
     *_conv(_AUDIO + r"encoder\.conv([23])", r"audio.conv\1"),
-    *_linear(_AUDIO + r"encoder\.final_linear", "audio.final"),
-    *_linear(_INJECTOR + r"([qkvo])", r"injectors[\1].attn.\2"),
+    *affine(_AUDIO + r"encoder\.final_linear", "audio.final"),
+    *affine(_INJECTOR + r"([qkvo])", r"injectors[\1].attn.\2"),
     Rule(_INJECTOR + r"norm_([qk])\.weight", r"injectors[\1].attn.norm_\2.scale"),
-    *_linear(r"audio_injector\.injector_adain_layers\.(\d+)\.linear", r"injectors[\1].adain"),
+    *affine(r"audio_injector\.injector_adain_layers\.(\d+)\.linear", r"injectors[\1].adain"),
     Rule(r"trainable_cond_mask\.weight", "type_embedding"),
     *_patch(r"frame_packer\.proj", "packer.near", 1, 2, 2),
     *_patch(r"frame_packer\.proj_2x", "packer.mid", 2, 4, 4),
     *_patch(r"frame_packer\.proj_4x", "packer.far", 4, 8, 8),
     Rule(r"head\.modulation", "head.modulation", "1 s dim -> s dim"),
-    *_linear(r"head\.head", "head.out"),
+    *affine(r"head\.head", "head.out"),
 )
 
 
@@ -89,7 +76,7 @@ def lora_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
             target=f"{rule.target}.{factor.lower()}",
         )
         for rule in rules
-        if rule.pattern == _LINEAR
+        if rule.pattern == LINEAR
         for factor in "AB"
     )
 
