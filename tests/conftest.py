@@ -17,6 +17,12 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly(request: pytest.FixtureRequest) -> None:
+    """Laws hold however a program is optimised; against the original it is so in full."""
+    jax.config.update("jax_disable_most_optimizations", "parity" not in request.path.parts)
+
+
 @pytest.fixture(scope="session")
 def parity() -> Path:
     """The folder of the original's numbers (LIVEAVATAR_PARITY, default ../shared/parity)."""

@@ -48,6 +48,23 @@ def portrait() -> stream.Portrait:
 start = jax.jit(stream.start, static_argnames="position")
 denoise = jax.jit(stream.denoise)
 step = jax.jit(stream.step, donate_argnums=1)
+prefill = jax.jit(lambda dit, *given: dit.prefill(*given))
+
+
+@jax.jit
+def forward_at(dit, level, x, audio, state: stream.StreamState, distance):
+    """One forward of the first cache, with every frame at one level."""
+    return dit.denoise(
+        x,
+        dit.level(jnp.full((1, 3), level)),
+        jax.tree.map(lambda a: a[0], state.caches),
+        state.text,
+        dit.audio(jnp.concatenate([jnp.repeat(audio[:, :, :1], 5, axis=2), audio], axis=2)),
+        block=state.block,
+        position=state.position,
+        distance=distance,
+        speakers=state.speakers,
+    )
 
 
 def started(model: stream.Avatar, seed: int = 0, **options) -> stream.StreamState:
@@ -184,18 +201,7 @@ def test_history_at_a_fixed_level_is_a_forward_at_that_level(level):
     after, x = denoise(model, state, drawn, chunk(0))
     assert len(after.caches.ring.k) == 1
     again = (1 - level) * x + level * drawn.renoise
-    past = jnp.repeat(chunk(0).audio[:, :, :1], 5, axis=2)
-    _, fresh = model.dit.denoise(
-        again,
-        model.dit.level(jnp.full((1, 3), level)),
-        jax.tree.map(lambda a: a[0], state.caches),
-        state.text,
-        model.dit.audio(jnp.concatenate([past, chunk(0).audio], axis=2)),
-        block=state.block,
-        position=state.position,
-        distance=drawn.distance[-1],
-        speakers=state.speakers,
-    )
+    _, fresh = forward_at(model.dit, level, again, chunk(0).audio, state, drawn.distance[-1])
     close(after.caches.ring.k[0][:, :, :48], fresh.k)
     close(after.caches.ring.v[0][:, :, :48], fresh.v)
     own, _ = roll(avatar(), started(avatar()), 2)
@@ -212,7 +218,7 @@ def test_the_sink_becomes_our_own_first_frame(after):
     close(ours[:after], want[:after])
     differ(ours[after], want[after])
     first = ours[0][:, :1]
-    sink = jax.jit(lambda m, *a: m.dit.prefill(*a))(model, first, state.motion, state.text)
+    sink = prefill(model.dit, first, state.motion, state.text)
     for i in range(FIXED.steps):
         close(state.caches.sink.k[i], sink.k)
     differ(kept.caches.sink.k, state.caches.sink.k)
@@ -235,7 +241,7 @@ def test_true_audio_past_hears_the_block_before():
         (differ if hears else close)(x, y)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_fewer_steps(steps):
     model = avatar(steps=steps)
     x, state = roll(model, started(model), 2)
@@ -285,7 +291,7 @@ def test_a_ring_that_does_not_hold_whole_blocks_is_refused():
     cut = jax.tree.map(lambda a: a[..., :100, :, :], state.caches.ring)
     state = dataclasses.replace(state, caches=KVCache(ring=cut, sink=state.caches.sink))
     with pytest.raises(LiveAvatarError, match="cannot hold whole blocks"):
-        stream.denoise(model, state, stream.draw(model, state), chunk(0))
+        jax.eval_shape(stream.denoise, model, state, stream.draw(model, state), chunk(0))
 
 
 def test_a_condition_cache_of_any_size_fits():

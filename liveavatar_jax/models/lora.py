@@ -70,13 +70,14 @@ def merge(module: Any, lora: Mapping[str, Factors], scale: float) -> Any:
     that only one layer's delta is ever held in float32."""
     kernels = leaves(module)
     _require_paths(lora, kernels)
+    return replace(module, {path: _merged(kernels[path], f, scale) for path, f in lora.items()})
 
-    def merged(kernel: Array, factors: Factors) -> Array:
-        if kernel.ndim == 2:
-            return _add(kernel, factors, scale)
-        return jax.lax.map(lambda layer: merged(*layer), (kernel, factors))
 
-    return replace(module, {path: merged(kernels[path], f) for path, f in lora.items()})
+@jax.jit  # once for all kernels of a shape
+def _merged(kernel: Array, factors: Factors, scale: float | Array) -> Array:
+    if kernel.ndim == 2:
+        return _add(kernel, factors, scale)
+    return jax.lax.map(lambda layer: _merged(*layer, scale), (kernel, factors))
 
 
 def _add(kernel: Array, factors: Factors, scale: float | Array) -> Array:
