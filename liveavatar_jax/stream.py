@@ -18,7 +18,7 @@ from liveavatar_jax.models.attention import KV, KVCache
 from liveavatar_jax.models.audio import PAST, AudioTokens
 from liveavatar_jax.models.dit import CausalDiT, Level
 from liveavatar_jax.models.vae import VAE, FeatureCache
-from liveavatar_jax.types import Array, Float, Int, Key, struct
+from liveavatar_jax.types import Array, Float, Int, Key, LiveAvatarError, struct
 
 LEAD_FRAMES = 3  # of the first block: they blend the still portrait in, and are not shown
 MOTION_VIDEO_FRAMES = 73  # of the standing portrait, packed as motion
@@ -78,7 +78,11 @@ class Portrait:
 
 
 def encode_portrait(model: Avatar, picture: Float[Array, "b H W 3"]) -> Portrait:
-    """The latents of a picture in [-1, 1]; its sides are multiples of 16 pixels."""
+    """The latents of a picture in [-1, 1], in the dtype of the stream.
+
+    Raises LiveAvatarError when the sides are no multiples of 16 pixels.
+    """
+    picture = picture.astype(model.cfg.dtype)
     reference, _ = model.vae.encode(picture[:, None])
     motion, _ = model.vae.encode(jnp.repeat(picture[:, None], MOTION_VIDEO_FRAMES, axis=1))
     return from_latents(model, reference, motion)
@@ -88,6 +92,13 @@ def from_latents(
     model: Avatar, reference: Float[Array, "b 1 h w c"], motion: Float[Array, "b m h w c"]
 ) -> Portrait:
     """`encode_portrait` for what is encoded already."""
+    _, _, h, w, _ = reference.shape
+    if h % 2 or w % 2:
+        raise LiveAvatarError(
+            f"latents of {h} x {w} do not divide into patches of 2 x 2; give a picture whose sides "
+            "are multiples of 16 pixels"
+        )
+    reference, motion = (x.astype(model.cfg.dtype) for x in (reference, motion))
     _, decoder = model.vae.decode(motion[:, :_PRIMING_LATENTS])
     return Portrait(reference=reference, motion=motion, decoder=decoder)
 
@@ -99,13 +110,15 @@ def start(
     key: Key[Array, ""],
     *,
     speakers: Float[Array, "b a p"] | None = None,
-    position: int = 0,
+    position: int | Int[Array, ""] = 0,
 ) -> StreamState:
     """The state before the first block.
 
     `context` are the rows of the text encoder; `speakers` masks patches (2 x 2 latents) by
     speaker, everything for one speaker by default; `position` is the place of the first latent
     frame in the whole video.
+
+    Raises LiveAvatarError when `context` or `speakers` do not fit.
     """
     cfg, dit = model.cfg, model.dit
     dtype = jnp.dtype(cfg.dtype)
@@ -120,6 +133,11 @@ def start(
     cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
     if speakers is None:
         speakers = jnp.ones((b, 1, patches))
+    if (speakers.shape[0], speakers.shape[2]) != (b, patches):
+        raise LiveAvatarError(
+            f"speakers has shape {speakers.shape}; give a mask of ({b}, speakers, {patches}): "
+            f"the {h // 2} x {w // 2} patches of the picture, row by row"
+        )
     return StreamState(
         caches=_repeat(cache, _caches(cfg)),
         levels=_levels(cfg, dit, b),
@@ -138,7 +156,10 @@ def start(
 def step(
     model: Avatar, state: StreamState, chunk: Chunk
 ) -> tuple[StreamState, Float[Array, "b F H W 3"]]:
-    """One block: 12 video frames in [-1, 1]. Of the first block, `LEAD_FRAMES` are not shown."""
+    """One block: 12 video frames in [-1, 1]. Of the first block, `LEAD_FRAMES` are not shown.
+
+    Raises LiveAvatarError when the chunk does not fit the stream.
+    """
     state, latents = denoise(model, state, draw(model, state), chunk)
     return decode(model, state, latents)
 
@@ -163,8 +184,10 @@ def denoise(
 ) -> tuple[StreamState, Float[Array, "b f h w c"]]:
     """The next block's clean latents, and the state with the block remembered."""
     cfg = model.cfg
+    _check(model, state, chunk)
     state = _refresh_sink(model, state)
     audio, past = _hear(model, state, chunk)
+    pose = None if chunk.pose is None else chunk.pose.astype(cfg.dtype)
     own_level = cfg.history is None
 
     def forward(x: Array, level: Level, cache: KVCache, distance: Array) -> tuple[Array, KV]:
@@ -178,7 +201,7 @@ def denoise(
             position=state.position,
             distance=distance,
             speakers=state.speakers,
-            pose=chunk.pose,
+            pose=pose,
         )
 
     def one_step(x: Array, at: tuple) -> tuple[Array, KV | None]:
@@ -214,6 +237,21 @@ def decode(
     """Four frames a latent, in [-1, 1]."""
     frames, decoder = model.vae.decode(latents, state.decoder)
     return dataclasses.replace(state, decoder=decoder), jnp.clip(frames, -1.0, 1.0)
+
+
+def _check(model: Avatar, state: StreamState, chunk: Chunk) -> None:
+    b, _, h, w, c = state.first.shape
+    dit, frames = model.dit.cfg, model.cfg.block_frames
+    heard = (b, state.speakers.shape[1], 4 * frames, dit.audio_layers, dit.audio_dim)
+    if chunk.audio.shape != heard:
+        raise LiveAvatarError(
+            f"chunk.audio has shape {chunk.audio.shape}; this stream takes {heard}: batch, "
+            "speakers (masks given to start), video frames, layers and width of the features"
+        )
+    if chunk.pose is not None and chunk.pose.shape != (b, frames, h, w, c):
+        raise LiveAvatarError(
+            f"chunk.pose has shape {chunk.pose.shape}; this stream takes {(b, frames, h, w, c)}"
+        )
 
 
 def _refresh_sink(model: Avatar, state: StreamState) -> StreamState:

@@ -305,3 +305,38 @@ def test_a_condition_cache_of_any_size_fits():
 
     shape = jax.eval_shape(sink, jax.ShapeDtypeStruct((1, *big.shape), jnp.float32)).k.shape
     assert shape[2] == 6400 + 6400 + 1600 + 1600
+
+
+def test_a_float32_picture_opens_a_bfloat16_stream():
+    """Nobody casts pictures by hand; the frames of the decoder's cache must fit its latents."""
+    model = jax.tree.map(lambda w: w.astype(jnp.bfloat16), avatar(dtype="bfloat16"))
+    picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+
+    def first(picture):
+        portrait = stream.encode_portrait(model, picture)
+        state = stream.start(model, portrait, jnp.zeros((1, 1, DIT.text_dim)), jax.random.key(0))
+        pose = jnp.zeros((1, 3, SIDE // 8, SIDE // 8, 16))
+        return stream.step(model, state, dataclasses.replace(chunk(0), pose=pose))[1]
+
+    assert jax.eval_shape(first, picture).dtype == jnp.bfloat16
+
+
+def test_what_does_not_fit_is_one_clear_sentence():
+    model = avatar()
+    state, context = started(model), jnp.zeros((1, 5, DIT.text_dim))
+    key, given = jax.random.key(0), portrait()
+
+    def refuses(words, function, *args, **options):
+        with pytest.raises(LiveAvatarError, match=words):
+            jax.eval_shape(lambda *args: function(model, *args, **options), *args)
+
+    refuses("multiples of 16 pixels", stream.encode_portrait, jnp.zeros((1, 72, 64, 3)))
+    refuses("text of 17 rows", stream.start, given, jnp.zeros((1, 17, DIT.text_dim)), key)
+    refuses("of width 3 does not fit", stream.start, given, jnp.zeros((1, 5, 3)), key)
+    masks = jnp.ones((1, 2, 9))
+    refuses("the 4 x 4 patches", stream.start, given, context, key, speakers=masks)
+    drawn, said = stream.draw(model, state), chunk(0).audio
+    refuses("chunk.audio", stream.denoise, state, drawn, chunk(0, speakers=2))
+    refuses("chunk.audio", stream.denoise, state, drawn, stream.Chunk(audio=said[:, :, :8]))
+    posed = dataclasses.replace(chunk(0), pose=jnp.zeros((1, 1, 8, 8, 16)))
+    refuses("chunk.pose", stream.denoise, state, drawn, posed)

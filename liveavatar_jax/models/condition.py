@@ -72,5 +72,8 @@ def condition_phase(height: int, width: int, roll: Int[Array, ""] | int, head_di
 
 
 def _spread(coarse: int, fine: int) -> Int[Array, " n"]:
-    """`coarse` integers from 0 to fine - 1, equally spaced and truncated."""
-    return jnp.asarray(np.arange(coarse) * (fine - 1) // max(coarse - 1, 1), jnp.int32)
+    """`coarse` integers from 0 to fine - 1, equally spaced and truncated.
+
+    In float64 as published: exact integers would differ by one in a few places (119 to 59).
+    """
+    return jnp.asarray(np.linspace(0, fine - 1, coarse).astype(np.int32))

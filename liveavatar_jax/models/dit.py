@@ -31,7 +31,7 @@ from liveavatar_jax.models.layers import (
     rotate,
     timestep_sinusoid,
 )
-from liveavatar_jax.types import Array, Float, Int, struct
+from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct
 
 PATCH = (1, 2, 2)
 NOISE, REFERENCE, MOTION = range(3)  # rows of the type embedding
@@ -135,9 +135,15 @@ class CausalDiT(nnx.Module):
     def text(self, context: Float[Array, "b t k"]) -> KV:
         """Keys and values of every layer ("l b t n d") for the rows of the text encoder.
 
-        Rows up to `text_len` are zeros, and attended to, as published.
+        Rows up to `text_len` are zeros, and attended to, as published. Raises LiveAvatarError
+        when there are more rows than that, or of another width.
         """
         missing = self.cfg.text_len - context.shape[1]
+        if missing < 0 or context.shape[2] != self.cfg.text_dim:
+            raise LiveAvatarError(
+                f"text of {context.shape[1]} rows of width {context.shape[2]} does not fit; give "
+                f"at most {self.cfg.text_len} rows of {self.cfg.text_dim}"
+            )
         x = jnp.pad(context, ((0, 0), (0, missing), (0, 0)))
         x = self.text_out(jax.nn.gelu(self.text_in(x), approximate=True))
         return jax.vmap(lambda block: block.cross_attn.keys_values(x))(self.blocks)
