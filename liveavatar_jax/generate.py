@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -130,8 +131,12 @@ def hear(
         mel = MelConfig(cfg.dit.audio_dim, cfg.dit.audio_layers)
         window = speech.mel_window(mel)
         encode, silence = jax.jit(speech.mel_encode(mel, window)), -1.0
-    for block in speech.file_features(encode, read_audio(audio), moments, window):
-        block = np.asarray(block, np.float32)
+
+    def fetched(samples: np.ndarray, hop: object) -> np.ndarray:
+        """A whole hop at once: a slice on the device would wait for the block in progress."""
+        return np.asarray(encode(samples, hop), np.float32)
+
+    for block in speech.file_features(fetched, read_audio(audio), moments, window):
         yield block
     yield from itertools.repeat(np.full_like(block, silence))
 
@@ -181,6 +186,7 @@ def _run(
     chunks = (stream.Chunk(audio=jnp.asarray(block)[None, None]) for block in heard)
     first = next(chunks)
 
+    print("compiling ...", file=sys.stderr)  # minutes, at the published size
     begun = time.perf_counter()
     opening = (avatar, picture, context, jax.random.key(seed))
     start = jax.jit(opened).lower(*opening).compile()
@@ -191,7 +197,8 @@ def _run(
     begun, first_frame, finished = time.perf_counter(), 0.0, False
 
     def show(block: Array) -> None:
-        pixels = np.asarray(block[0])[0 if video.frames else stream.LEAD_FRAMES :]
+        # All of it: a slice would be one more program, queued behind the next block.
+        pixels = np.asarray(block)[0, 0 if video.frames else stream.LEAD_FRAMES :]
         video.write(pixels[: frames - video.frames])
         bar.update(video.frames - bar.n)
 
@@ -202,7 +209,9 @@ def _run(
         for chunk in itertools.islice(chunks, blocks - 1):
             state, ready = step(avatar, state, chunk)
             show(pending)  # fetched while the device works on the next block
-            first_frame = first_frame or time.perf_counter() - begun
+            if not first_frame:
+                first_frame = time.perf_counter() - begun
+                bar.set_postfix_str(f"first frame after {first_frame:.2f} s")
             pending = ready
         show(pending)
         finished = True
