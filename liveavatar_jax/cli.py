@@ -80,6 +80,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     if args.steps is not None and args.steps < 1:
         raise LiveAvatarError(f"--steps {args.steps} must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise LiveAvatarError(f"--seed {args.seed} must lie within 0..{2**32 - 1}")
     report = generate(
         Request(
             image=args.image,

@@ -45,6 +45,8 @@ class DiTConfig:
         _require(inside, self, "inject_layers", f"lie within 0..{self.layers - 1}")
         ascending = list(self.inject_layers) == sorted(set(self.inject_layers))
         _require(ascending, self, "inject_layers", "ascend without repeats")
+        known = ("auto", "chunked", "cudnn", "pallas")
+        _require(self.attention in known, self, "attention", f"be one of {', '.join(known)}")
 
     @property
     def head_dim(self) -> int:
@@ -144,6 +146,8 @@ class StreamConfig:
 
     def __post_init__(self):
         _require(self.steps >= 1, self, "steps", "be at least 1")
+        _require(self.shift > 0, self, "shift", "be above 0")
+        _require(self.block_frames >= 1, self, "block_frames", "be at least 1")
         _require(self.ring_blocks >= 1, self, "ring_blocks", "be at least 1")
         level = self.history is None or 0.0 <= self.history < 1.0
         _require(level, self, "history", "be None or a noise level in [0, 1)")
@@ -153,6 +157,8 @@ class StreamConfig:
         _require(0 <= near <= far <= 30, self, "distance", "lie within 0..30, smaller end first")
         known = self.audio_past in ("repeat", "true")
         _require(known, self, "audio_past", 'be "repeat" or "true"')
+        known = self.dtype in ("float32", "bfloat16")
+        _require(known, self, "dtype", 'be "float32" or "bfloat16"')
 
     @property
     def distance_range(self) -> tuple[int, int]:
