@@ -1,6 +1,7 @@
 """The `liveavatar-jax` command."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -119,20 +120,21 @@ def _set_up(device: str | None) -> None:
     """Chooses the device, and keeps compiled programs in a private folder between runs."""
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "liveavatar-jax"
-    try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return  # a read-only home costs compile time, nothing else
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # JAX asserts when none of the named kind starts
+        named = os.environ.get("JAX_PLATFORMS")
+        asked = f"--device {device}" if device else f"JAX_PLATFORMS={named}"
         raise LiveAvatarError(
-            f"--device {device}: no such device here; install the extra for it "
+            f"{asked}: no such device here; install the extra for it "
             "(liveavatar-jax[cuda] or liveavatar-jax[tpu]) or use --device cpu"
         ) from None
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(home) / "liveavatar-jax"
+    with contextlib.suppress(OSError):  # a read-only home costs compile time, nothing else
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ class Report:
 
     def __str__(self) -> str:
         state = "" if self.finished else "interrupted; "
+        if not self.frames:
+            return f"interrupted before the first frame; {self.out} was not written"
         return (
             f"{self.out}: {state}{self.frames} frames ({self.frames / FPS:.2f} s of video) in "
             f"{self.seconds:.2f} s, {self.fps:.2f} FPS, {self.fps / FPS:.3f} x real time, first "

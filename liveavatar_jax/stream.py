@@ -70,7 +70,11 @@ class StreamState:
 
 @struct
 class Portrait:
-    """The portrait as the networks see it; made once, good for any number of streams."""
+    """The portrait as the networks see it; made once, good for any number of streams.
+
+    Compile `start`: run eagerly it hands the arrays in here on to its state, and a step that
+    donates its state would take them away from the next stream.
+    """
 
     reference: Float[Array, "b 1 h w c"]  # encoded as a video of one frame
     motion: Float[Array, "b m h w c"]  # and as one of 73 equal frames

@@ -13,7 +13,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 ROOT = Path(__file__).resolve().parents[1]
 
 # Nearly all of the suite's time is XLA compiling; what one run or file compiled serves the next.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+# Every process has a folder of its own, for none may read what another has half written.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla" / WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
