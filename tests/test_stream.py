@@ -275,14 +275,14 @@ def test_two_speakers_are_heard_where_their_masks_are():
 
 
 def test_bfloat16_stays_near_float32():
-    """Twelve blocks. The bound is three times what was measured (0.04 of the peak)."""
+    """Measured: 0.0074 of the peak over twelve blocks; the bound is 0.025."""
     model = avatar()
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), avatar(dtype="bfloat16"))
     ours, _ = roll(half, started(half), 12)
     want, _ = roll(model, started(model), 12)
     assert ours.dtype == jnp.bfloat16
     error = np.abs(np.asarray(ours, np.float32) - want).max() / np.abs(want).max()
-    assert 1e-4 < error < 0.12
+    assert 1e-4 < error < 0.025
 
 
 def test_a_ring_that_does_not_hold_whole_blocks_is_refused():

@@ -210,7 +210,7 @@ def test_a_converted_checkpoint_streams_the_same_latents(fixture, parity, tmp_pa
 def test_bfloat16_stays_near_float32(avatar, fixture, started):
     """The rollout with weights, latents, activations and caches in bfloat16.
 
-    Measured: 0.020 of the peak after 12 blocks; the bound is 0.05.
+    Measured: 0.0078 of the peak over 12 blocks; the bound is 0.025.
     """
     want = fixture("dit_rollout")
     cfg = dataclasses.replace(avatar.cfg, dtype="bfloat16")
@@ -222,4 +222,4 @@ def test_bfloat16_stays_near_float32(avatar, fixture, started):
     ours, _ = roll_out(half, state, want["in.noise"], audio, distances(want, policy))
     latent = want[f"latents.{policy}"]
     error = np.abs(ours[-len(latent) :].astype(np.float64) - latent).max()
-    assert 1e-4 < error / np.abs(latent).max() < 0.05
+    assert 1e-4 < error / np.abs(latent).max() < 0.025
