@@ -87,10 +87,10 @@ def generate(request: Request) -> Report:
     with VideoWriter(request.out, portrait.shape[:2], fps=FPS, audio=request.audio) as video:
         cfg = checkpoint.load_config(request.weights)
         cfg = replace(cfg, stream=_policy(cfg, request))
-        context = encode_prompt(request.weights, cfg, request.prompt)
-        heard = hear(request.weights, cfg, request.audio, moments)
-        avatar = load_avatar(request.weights, cfg)
         with jax.default_matmul_precision("highest" if cfg.stream.dtype == "float32" else None):
+            context = encode_prompt(request.weights, cfg, request.prompt)
+            heard = hear(request.weights, cfg, request.audio, moments)
+            avatar = load_avatar(request.weights, cfg)
             return _run(avatar, portrait, context, with_lead(heard), frames, video, request.seed)
 
 

@@ -36,7 +36,8 @@ from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct
 PATCH = (1, 2, 2)
 NOISE, REFERENCE, MOTION = range(3)  # rows of the type embedding
 
-Attend = Callable[..., tuple[Array, Any]]  # (memory of the layer, q, k, v) -> (y, what to keep)
+# (q, k, v) -> (y, what to keep); the trunk binds the memory of the layer as the first argument
+Attend = Callable[..., tuple[Array, Any]]
 
 
 @struct
