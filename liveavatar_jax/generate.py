@@ -48,6 +48,7 @@ class Request:
     steps: int | None = None
     seed: int = 0
     dtype: str | None = None  # float32 on a CPU, bfloat16 elsewhere
+    quantise: str | None = None  # "int8" or "fp8": the DiT's trunk, in 8 bits
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def generate(request: Request) -> Report:
         with jax.default_matmul_precision("highest" if cfg.stream.dtype == "float32" else None):
             context = encode_prompt(request.weights, cfg, request.prompt)
             heard = hear(request.weights, cfg, request.audio, moments)
-            avatar = load_avatar(request.weights, cfg)
+            avatar = load_avatar(request.weights, cfg, request.quantise)
             return _run(avatar, portrait, context, with_lead(heard), frames, video, request.seed)
 
 
@@ -99,10 +100,13 @@ def _policy(cfg: ModelConfig, request: Request):
     return replace(cfg.stream, dtype=dtype, steps=request.steps or cfg.stream.steps)
 
 
-def load_avatar(folder: Path, cfg: ModelConfig) -> stream.Avatar:
-    """DiT and VAE of a converted checkpoint, in the dtype of the stream."""
+def load_avatar(folder: Path, cfg: ModelConfig, quantised: str | None = None) -> stream.Avatar:
+    """DiT and VAE of a converted checkpoint, in the dtype of the stream.
+
+    quantised: "int8" or "fp8", for the DiT's trunk, see models/quantise.py.
+    """
     avatar = jax.eval_shape(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
-    avatar.dit = checkpoint.restore(folder, "dit", dtype=cfg.stream.dtype)
+    avatar.dit = checkpoint.restore(folder, "dit", dtype=cfg.stream.dtype, quantised=quantised)
     avatar.vae = checkpoint.restore(folder, "vae", dtype=cfg.stream.dtype)
     return avatar
 

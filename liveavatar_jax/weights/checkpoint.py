@@ -34,6 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from liveavatar_jax.config import ModelConfig, from_dict, to_dict
 from liveavatar_jax.models.dit import CausalDiT
+from liveavatar_jax.models.quantise import quantise, quantise_leaf
 from liveavatar_jax.models.speech import SpeechEncoder
 from liveavatar_jax.models.text import TextEncoder
 from liveavatar_jax.models.vae import VAE
@@ -152,30 +153,38 @@ def restore(
     which: str,
     sharding: Callable[[str], Sharding] | None = None,
     dtype: str | None = None,
+    quantised: str | None = None,
 ) -> Any:
     """One network of a converted checkpoint, straight onto its devices, item by item.
 
     which: "dit", "vae", "text" or "speech". sharding: from the path of a leaf to the sharding
     of that whole leaf, default the first device. dtype: of the weights, default as stored.
+    quantised: "int8" or "fp8", for a DiT; what it was before is never held as a whole.
     Host memory stays near the largest item. Raises LiveAvatarError for a damaged folder.
     """
-    module = abstract(load_config(folder), which, dtype)
+    stored = abstract(load_config(folder), which, dtype)
     _require_files(folder, which)
-    shapes = leaves(module)
+    module = stored
+    if quantised is not None:
+        module = jax.eval_shape(lambda module: quantise(module, quantised), stored)
+    shapes, wanted = leaves(stored), leaves(module)
     first = SingleDeviceSharding(jax.devices()[0])
-    shardings = {path: sharding(path) if sharding else first for path in shapes}
+    shardings = {path: sharding(path) if sharding else first for path in shapes | wanted}
     arrays: dict[str, jax.Array] = {}
-    for item, parts in plan(module, which).items():
+    for item, parts in plan(stored, which).items():
         pieces = _read(folder / which / item, parts, shapes, shardings)
-        whole = {p.leaf for p in parts if p.shape(shapes[p.leaf]) == shapes[p.leaf].shape}
-        arrays |= {path: pieces[path] for path in whole}
         for part in parts:
-            if part.leaf not in whole:
-                leaf, place = shapes[part.leaf], shardings[part.leaf]
-                into = arrays.pop(part.leaf, None)
+            rows = {part.leaf: pieces.pop(part.leaf)}
+            if quantised is not None:
+                rows = quantise_leaf(part.leaf, rows[part.leaf], quantised)
+            for path, some in rows.items():
+                leaf, place = wanted[path], shardings[path]
+                if path in shapes and some.shape == leaf.shape:
+                    arrays[path] = some  # where it belongs already
+                    continue
+                into = arrays.pop(path, None)
                 into = jnp.zeros(leaf.shape, leaf.dtype, device=place) if into is None else into
-                insert = _insert(place)
-                arrays[part.leaf] = insert(into, pieces.pop(part.leaf), part.start)
+                arrays[path] = _insert(place)(into, some, part.start)
     return replace(module, arrays)
 
 
