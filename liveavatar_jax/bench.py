@@ -21,7 +21,6 @@ from liveavatar_jax import stream
 from liveavatar_jax.config import DiTConfig, ModelConfig, SpeechConfig, StreamConfig
 from liveavatar_jax.data.speech import Moments, SpeechWindow
 from liveavatar_jax.models.attention import KV
-from liveavatar_jax.models.audio import PAST, AudioTokens
 from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.types import Array, LiveAvatarError
@@ -107,11 +106,11 @@ def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable
     context = jnp.zeros((1, cfg.dit.text_len, cfg.dit.text_dim), dtype)
     state = jax.jit(_running)(avatar, reference, context, jax.random.key(0))
     heard = jnp.zeros((1, 1, 12, cfg.dit.audio_layers, cfg.dit.audio_dim), dtype)
-    latents = jnp.repeat(reference, cfg.stream.block_frames, axis=1)
+    flight = jax.jit(_flight)(avatar, state, heard)
     runs = {
         "prefill": _thunk(_prefill, avatar, state),
-        "denoise": _thunk(_denoise, avatar, state, latents, _tokens(avatar, heard)),
-        "decode": _thunk(stream.decode, avatar, state, latents),
+        "denoise": _thunk(_denoise, avatar, state, flight),
+        "decode": _thunk(_decode, avatar, state, flight),
         "block": _thunk(stream.step, avatar, state, stream.Chunk(audio=heard)),
     }
     yield from ((name, runs[name]) for name in COMPONENTS if name in chosen and name in runs)
@@ -133,33 +132,28 @@ def _running(
     portrait = stream.from_latents(model, reference, reference)
     still = jnp.repeat(reference, MOTION_FRAMES, axis=1)
     state = stream.start(model, dataclasses.replace(portrait, motion=still), context, key)
-    return dataclasses.replace(state, block=jnp.int32(99), position=jnp.int32(297))
+    return dataclasses.replace(state, block=jnp.full(1, 99), position=jnp.full(1, 297))
 
 
 def _prefill(model: stream.Avatar, state: stream.StreamState) -> KV:
     return model.dit.prefill(state.first, state.motion, state.text)
 
 
-def _tokens(model: stream.Avatar, heard: Array) -> AudioTokens:
-    past = jnp.repeat(heard[:, :, :1], PAST, axis=2)
-    return model.dit.audio(jnp.concatenate([past, heard], axis=2))
+def _flight(model: stream.Avatar, state: stream.StreamState, heard: Array) -> stream.InFlight:
+    drawn = stream.draw(model, state)
+    return stream.enter(model, state, drawn, stream.Chunk(audio=heard))[1]
 
 
 def _denoise(
-    model: stream.Avatar, state: stream.StreamState, latents: Array, audio: AudioTokens
-) -> tuple[Array, KV]:
-    level, cache = jax.tree.map(lambda leaf: leaf[0], (state.levels, state.caches))
-    return model.dit.denoise(
-        latents,
-        level,
-        cache,
-        state.text,
-        audio,
-        block=state.block,
-        position=state.position,
-        distance=jnp.int32(30),
-        speakers=state.speakers,
-    )
+    model: stream.Avatar, state: stream.StreamState, flight: stream.InFlight
+) -> tuple[stream.InFlight, KV]:
+    level = jax.tree.map(lambda leaf: leaf[0], state.levels)
+    return stream.advance(model, state.cache, state, flight, level, 0, 0)
+
+
+def _decode(model: stream.Avatar, state: stream.StreamState, flight: stream.InFlight) -> Any:
+    assert state.decoder is not None
+    return stream.decode(model.vae, state.decoder, flight)
 
 
 def _speech(cfg: SpeechConfig) -> Callable[[], Any]:

@@ -161,6 +161,11 @@ class StreamConfig:
         _require(known, self, "dtype", 'be "float32" or "bfloat16"')
 
     @property
+    def rings(self) -> int:
+        """One a denoising step, or one in all for a history at a fixed level."""
+        return self.steps if self.history is None else 1
+
+    @property
     def distance_range(self) -> tuple[int, int]:
         return self.distance if isinstance(self.distance, tuple) else (self.distance, self.distance)
 

@@ -2,8 +2,11 @@
 
 One block of 12 video frames per step. Everything that lasts from block to block is in
 `StreamState`; everything that does not change is in the `Avatar`. A step is `draw` (noise and
-sink distance), `denoise` (the block's latents) and `decode` (its frames), which a pipeline may
-run on different devices.
+sink distances), `enter` (a block of noise that has heard its audio), `advance` once for each
+denoising step, and `decode` (the frames). Here they follow each other; in a pipeline they run at
+once, on different devices and different blocks.
+
+Each row of the batch is a stream of its own, at its own block; it may rest while others go on.
 """
 
 import dataclasses
@@ -14,11 +17,11 @@ from flax import nnx
 
 from liveavatar_jax.config import ModelConfig, StreamConfig
 from liveavatar_jax.diffusion.flow import add_noise, euler, sampling_levels
-from liveavatar_jax.models.attention import KV, KVCache
+from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, Layout
 from liveavatar_jax.models.audio import PAST, AudioTokens
 from liveavatar_jax.models.dit import CausalDiT, Level
 from liveavatar_jax.models.vae import VAE, FeatureCache
-from liveavatar_jax.types import Array, Float, Int, Key, LiveAvatarError, struct
+from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError, struct
 
 LEAD_FRAMES = 3  # of the first block: they blend the still portrait in, and are not shown
 MOTION_VIDEO_FRAMES = 73  # of the standing portrait, packed as motion
@@ -40,6 +43,8 @@ class Chunk:
 
     audio: Float[Array, "b a F layers c"]
     pose: Float[Array, "b f h w c"] | None = None  # latents of a pose video
+    live: Bool[Array, " b"] | None = None  # rows with something to say (all, if None)
+    epoch: Int[Array, " b"] | None = None  # a label that comes out with the frames
 
 
 @struct
@@ -48,24 +53,39 @@ class Draw:
 
     noise: Float[Array, "b f h w c"]
     renoise: Float[Array, "b f h w c"]  # for a history at a fixed level
-    distance: Int[Array, " step"]  # sink distance of each forward
+    distance: Int[Array, "b step"]  # sink distance of each forward
+
+
+@struct
+class InFlight:
+    """A block on its way through the denoising steps, with all that travels along."""
+
+    x: Float[Array, "b f h w c"]
+    audio: AudioTokens
+    pose: Float[Array, "b f h w c"] | None
+    first: Float[Array, "b 1 h w c"]  # what the sink is made of when it becomes our own frame
+    distance: Int[Array, "b step"]
+    position: Int[Array, " b"]  # of the first latent frame in the whole video
+    block: Int[Array, " b"]  # blocks of this row before it
+    epoch: Int[Array, " b"]
+    live: Bool[Array, " b"]  # or a bubble
 
 
 @struct
 class StreamState:
-    """One stream between two blocks."""
+    """Streams between two blocks, one a row."""
 
-    caches: KVCache  # leading axis: denoising step; a single one if history has a fixed level
+    cache: KVCache  # its ring leads with the denoising step, of size 1 at a fixed history level
     levels: Level  # leading axis: denoising step
     text: KV  # "l b t n d", keys and values of the prompt
     motion: Float[Array, "b m h w c"] | None  # for the prefill with the adaptive sink
     first: Float[Array, "b 1 h w c"]  # our own first latent frame, the adaptive sink
     past: Float[Array, "b a F layers c"] | None  # speech features before the next block
     speakers: Float[Array, "b a 1 p"]  # where each speaker is heard
-    decoder: FeatureCache
-    position: Int[Array, ""]  # latent frames before the next block, in the whole video
-    block: Int[Array, ""]  # blocks since the start
-    key: Key[Array, ""]
+    decoder: FeatureCache | None  # None where another device decodes
+    position: Int[Array, " b"]  # latent frames before the next block, in the whole video
+    block: Int[Array, " b"]  # blocks since the start
+    key: Key[Array, " b"]
 
 
 @struct
@@ -115,6 +135,7 @@ def start(
     *,
     speakers: Float[Array, "b a p"] | None = None,
     position: int | Int[Array, ""] = 0,
+    layout: Layout = ONE_DEVICE,
 ) -> StreamState:
     """The state before the first block.
 
@@ -130,11 +151,11 @@ def start(
     b, _, h, w, _ = reference.shape
     motion = motion if cfg.motion else None
     text = dit.text(context.astype(dtype))
-    sink = dit.prefill(reference, motion, text)
+    sink = dit.prefill(reference, motion, text, layout)
     patches = (h // 2) * (w // 2)
     slots = cfg.ring_blocks * cfg.block_frames * patches
-    ring = jnp.zeros((*sink.k.shape[:2], slots, *sink.k.shape[3:]), dtype)
-    cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
+    l, _, _, n, d = sink.k.shape
+    ring = jnp.zeros((cfg.rings, l, b, slots, n, d), dtype)
     if speakers is None:
         speakers = jnp.ones((b, 1, patches))
     if (speakers.shape[0], speakers.shape[2]) != (b, patches):
@@ -143,7 +164,7 @@ def start(
             f"the {h // 2} x {w // 2} patches of the picture, row by row"
         )
     return StreamState(
-        caches=_repeat(cache, _caches(cfg)),
+        cache=KVCache(ring=KV(k=ring, v=ring), sink=sink),
         levels=_levels(cfg, dit, b),
         text=text,
         motion=motion,
@@ -151,96 +172,195 @@ def start(
         past=_no_past(dit, speakers, dtype) if cfg.audio_past == "true" else None,
         speakers=speakers[:, :, None].astype(dtype),
         decoder=portrait.decoder,
-        position=jnp.int32(position),
-        block=jnp.int32(0),
-        key=key,
+        position=jnp.full(b, position, jnp.int32),
+        block=jnp.zeros(b, jnp.int32),
+        key=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b)),
     )
 
 
 def step(
-    model: Avatar, state: StreamState, chunk: Chunk
+    model: Avatar, state: StreamState, chunk: Chunk, layout: Layout = ONE_DEVICE
 ) -> tuple[StreamState, Float[Array, "b F H W 3"]]:
     """One block: 12 video frames in [-1, 1]. Of the first block, `LEAD_FRAMES` are not shown.
 
     Raises LiveAvatarError when the chunk does not fit the stream.
     """
-    state, latents = denoise(model, state, draw(model, state), chunk)
-    return decode(model, state, latents)
+    state, flight = denoise(model, state, draw(model, state), chunk, layout)
+    assert state.decoder is not None
+    decoder, frames = decode(model.vae, state.decoder, flight)
+    return dataclasses.replace(state, decoder=decoder), frames
 
 
 def draw(model: Avatar, state: StreamState) -> Draw:
-    """Noise and sink distances of the next block; a function of the key and the block number."""
+    """Noise and sink distances of the next block; a function of each row's key and block number."""
     cfg = model.cfg
-    keys = jax.random.split(jax.random.fold_in(state.key, state.block), 3)
-    b, _, h, w, c = state.first.shape
-    shape = (b, cfg.block_frames, h, w, c)
+    shape = (cfg.block_frames, *state.first.shape[2:])
     near, far = cfg.distance_range
     forwards = cfg.steps + (cfg.history is not None)
-    return Draw(
-        noise=jax.random.normal(keys[0], shape),
-        renoise=jax.random.normal(keys[1], shape),
-        distance=jax.random.randint(keys[2], (forwards,), near, far + 1),
-    )
+
+    def row(key: Array, block: Array) -> Draw:
+        keys = jax.random.split(jax.random.fold_in(key, block), 3)
+        return Draw(
+            noise=jax.random.normal(keys[0], shape),
+            renoise=jax.random.normal(keys[1], shape),
+            distance=jax.random.randint(keys[2], (forwards,), near, far + 1),
+        )
+
+    return jax.vmap(row)(state.key, state.block)
 
 
 def denoise(
-    model: Avatar, state: StreamState, drawn: Draw, chunk: Chunk
-) -> tuple[StreamState, Float[Array, "b f h w c"]]:
-    """The next block's clean latents, and the state with the block remembered."""
+    model: Avatar, state: StreamState, drawn: Draw, chunk: Chunk, layout: Layout = ONE_DEVICE
+) -> tuple[StreamState, InFlight]:
+    """The next block, clean, and the state with the block remembered."""
     cfg = model.cfg
-    _check(model, state, chunk)
-    state = _refresh_sink(model, state)
-    audio, past = _hear(model, state, chunk)
-    pose = None if chunk.pose is None else chunk.pose.astype(cfg.dtype)
+    state, flight = enter(model, state, drawn, chunk)
     own_level = cfg.history is None
+    sink = refreshed(model, state, flight, layout)
+    ring = state.cache.ring
 
-    def forward(x: Array, level: Level, cache: KVCache, distance: Array) -> tuple[Array, KV]:
-        return model.dit.denoise(
-            x,
-            level,
-            cache,
-            state.text,
-            audio,
-            block=state.block,
-            position=state.position,
-            distance=distance,
-            speakers=state.speakers,
-            pose=pose,
-        )
+    def one_step(carry: tuple[InFlight, KV], at: tuple) -> tuple[tuple[InFlight, KV], None]:
+        flight, ring = carry
+        step, level = at
+        cache = KVCache(ring=ring, sink=sink)
+        slot = step if own_level else 0
+        flight, fresh = advance(model, cache, state, flight, level, step, slot, layout)
+        if own_level:
+            ring = cache.append(fresh, slot, flight.block, flight.live).ring
+        return (flight, ring), None
 
-    def one_step(x: Array, at: tuple) -> tuple[Array, KV | None]:
-        level, sigma, to, distance, cache = at
-        cache = cache if own_level else _first(state.caches)
-        velocity, fresh = forward(x, level, cache, distance)
-        return euler(x, velocity, sigma, to), fresh if own_level else None
-
-    sigma = jnp.asarray(sampling_levels(cfg.steps, cfg.shift))
     levels = jax.tree.map(lambda leaf: leaf[: cfg.steps], state.levels)
-    rings = state.caches if own_level else None
-    steps = (levels, sigma[:-1], sigma[1:], drawn.distance[: cfg.steps], rings)
-    x, fresh = jax.lax.scan(one_step, drawn.noise.astype(cfg.dtype), steps)
-    if fresh is None:  # then the block is remembered as it is at the level of the history
-        again = add_noise(x, drawn.renoise.astype(x.dtype), jnp.asarray(cfg.history, x.dtype))
+    (flight, ring), _ = jax.lax.scan(one_step, (flight, ring), (jnp.arange(cfg.steps), levels))
+    cache = KVCache(ring=ring, sink=sink)
+    if not own_level:  # then the block is remembered as it is at the level of the history
+        x = add_noise(
+            flight.x, drawn.renoise.astype(cfg.dtype), jnp.asarray(cfg.history, cfg.dtype)
+        )
+        again = dataclasses.replace(flight, x=x)
         level = jax.tree.map(lambda leaf: leaf[-1], state.levels)
-        _, fresh = forward(again, level, _first(state.caches), drawn.distance[-1])
-        fresh = jax.tree.map(lambda leaf: leaf[None], fresh)
+        _, fresh = _forward(model, cache, state, again, level, cfg.steps, 0, layout)
+        cache = cache.append(fresh, 0, flight.block, flight.live)
+    return dataclasses.replace(state, cache=cache, first=own_first(state.first, flight)), flight
+
+
+def enter(
+    model: Avatar, state: StreamState, drawn: Draw, chunk: Chunk
+) -> tuple[StreamState, InFlight]:
+    """The next block as noise, having heard its audio; resting rows are bubbles.
+
+    Raises LiveAvatarError when the chunk does not fit the stream.
+    """
+    cfg, b = model.cfg, len(state.block)
+    _check(model, state, chunk)
+    live = jnp.ones(b, bool) if chunk.live is None else chunk.live
+    audio, past = _hear(model, state, chunk, live)
+    flight = InFlight(
+        x=drawn.noise.astype(cfg.dtype),
+        audio=audio,
+        pose=None if chunk.pose is None else chunk.pose.astype(cfg.dtype),
+        first=state.first,
+        distance=drawn.distance,
+        position=state.position,
+        block=state.block,
+        epoch=jnp.zeros(b, jnp.int32) if chunk.epoch is None else chunk.epoch,
+        live=live,
+    )
     state = dataclasses.replace(
         state,
-        caches=state.caches.append(fresh, state.block),
-        first=jnp.where(state.block == 0, x[:, :1], state.first),
         past=past,
-        position=state.position + cfg.block_frames,
-        block=state.block + 1,
+        position=state.position + cfg.block_frames * live.astype(jnp.int32),
+        block=state.block + live.astype(jnp.int32),
     )
-    return state, x
+    return state, flight
+
+
+def advance(
+    model: Avatar,
+    cache: KVCache,
+    state: StreamState,
+    flight: InFlight,
+    level: Level,
+    step: int | Int[Array, ""],
+    slot: int | Int[Array, ""],
+    layout: Layout = ONE_DEVICE,
+) -> tuple[InFlight, KV]:
+    """One denoising step, number `step`, with the ring at `slot`; its keys and values."""
+    sigma = jnp.asarray(sampling_levels(model.cfg.steps, model.cfg.shift))
+    velocity, fresh = _forward(model, cache, state, flight, level, step, slot, layout)
+    x = euler(flight.x, velocity, sigma[step], sigma[step + 1])
+    return dataclasses.replace(flight, x=x), fresh
+
+
+def refreshed(
+    model: Avatar, state: StreamState, flight: InFlight, layout: Layout = ONE_DEVICE
+) -> KV:
+    """The sink: with block `sink_after` it becomes our own first frame instead of the portrait.
+
+    A loop over the rows that are due, mostly none: they come at different times, a prefill costs
+    most of a denoising step, and a loop leaves the sink where it is.
+    """
+    sink, motion = state.cache.sink, state.motion
+    if model.cfg.sink_after is None:
+        return sink
+
+    def one_row(carry: tuple[KV, Array]) -> tuple[KV, Array]:
+        sink, due = carry
+        row = jnp.argmax(due)
+
+        def of(tree, axis: int):
+            pick = lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis)
+            return jax.tree.map(pick, tree)
+
+        fresh = model.dit.prefill(of(flight.first, 0), of(motion, 0), of(state.text, 1), layout)
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 1)
+        return jax.tree.map(put, sink, fresh), due & (jnp.arange(len(due)) != row)
+
+    due = flight.live & (flight.block == model.cfg.sink_after)
+    return jax.lax.while_loop(lambda carry: carry[1].any(), one_row, (sink, due))[0]
+
+
+def own_first(first: Float[Array, "b 1 h w c"], flight: InFlight) -> Float[Array, "b 1 h w c"]:
+    """Our own first latent frame, once the clean first block brings it."""
+    fresh = flight.live & (flight.block == 0)
+    return jnp.where(fresh[:, None, None, None, None], flight.x[:, :1], first)
 
 
 def decode(
-    model: Avatar, state: StreamState, latents: Float[Array, "b f h w c"]
-) -> tuple[StreamState, Float[Array, "b F H W 3"]]:
-    """Four frames a latent, in [-1, 1]."""
-    frames, decoder = model.vae.decode(latents, state.decoder)
-    return dataclasses.replace(state, decoder=decoder), jnp.clip(frames, -1.0, 1.0)
+    vae: VAE, cache: FeatureCache, flight: InFlight
+) -> tuple[FeatureCache, Float[Array, "b F H W 3"]]:
+    """Four frames a latent of a clean block, in [-1, 1]; resting rows keep their cache."""
+    frames, fresh = vae.decode(flight.x, cache)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(flight.live.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(keep, fresh, cache), jnp.clip(frames, -1.0, 1.0)
+
+
+def _forward(
+    model: Avatar,
+    cache: KVCache,
+    state: StreamState,
+    flight: InFlight,
+    level: Level,
+    step: int | Int[Array, ""],
+    slot: int | Int[Array, ""],
+    layout: Layout,
+) -> tuple[Float[Array, "b f h w c"], KV]:
+    return model.dit.denoise(
+        flight.x,
+        level,
+        cache,
+        state.text,
+        flight.audio,
+        step=slot,
+        block=flight.block,
+        position=flight.position,
+        distance=flight.distance[:, step],
+        speakers=state.speakers,
+        pose=flight.pose,
+        layout=layout,
+    )
 
 
 def _check(model: Avatar, state: StreamState, chunk: Chunk) -> None:
@@ -258,35 +378,19 @@ def _check(model: Avatar, state: StreamState, chunk: Chunk) -> None:
         )
 
 
-def _refresh_sink(model: Avatar, state: StreamState) -> StreamState:
-    """From block `sink_after` on, the sink is our own first frame instead of the portrait."""
-    if model.cfg.sink_after is None:
-        return state
-
-    def prefill() -> KV:
-        sink = model.dit.prefill(state.first, state.motion, state.text)
-        return _repeat(sink, _caches(model.cfg))
-
-    due = state.block == model.cfg.sink_after
-    sink = jax.lax.cond(due, prefill, lambda: state.caches.sink)
-    return dataclasses.replace(state, caches=KVCache(ring=state.caches.ring, sink=sink))
-
-
 def _hear(
-    model: Avatar, state: StreamState, chunk: Chunk
+    model: Avatar, state: StreamState, chunk: Chunk, live: Bool[Array, " b"]
 ) -> tuple[AudioTokens, Float[Array, "b a F layers c"] | None]:
     """The block's audio tokens, once for all denoising steps, and the past of the next block."""
     audio = chunk.audio.astype(model.cfg.dtype)
     past = jnp.repeat(audio[:, :, :1], PAST, axis=2)
     if state.past is None:
         return model.dit.audio(jnp.concatenate([past, audio], axis=2)), None
-    past = jnp.where(state.block == 0, past, state.past)
+    each = (-1, *(1,) * (past.ndim - 1))
+    past = jnp.where((state.block == 0).reshape(each), past, state.past)
     audio = jnp.concatenate([past, audio], axis=2)
-    return model.dit.audio(audio), audio[:, :, -PAST:]
-
-
-def _caches(cfg: StreamConfig) -> int:
-    return cfg.steps if cfg.history is None else 1
+    kept = jnp.where(live.reshape(each), audio[:, :, -PAST:], state.past)
+    return model.dit.audio(audio), kept
 
 
 def _levels(cfg: StreamConfig, dit: CausalDiT, b: int) -> Level:
@@ -303,11 +407,3 @@ def _no_past(
 ) -> Float[Array, "b a F layers c"]:
     shape = (*speakers.shape[:2], PAST, dit.cfg.audio_layers, dit.cfg.audio_dim)
     return jnp.zeros(shape, dtype)
-
-
-def _repeat(tree, n: int):
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), tree)
-
-
-def _first(tree):
-    return jax.tree.map(lambda leaf: leaf[0], tree)

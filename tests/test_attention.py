@@ -33,12 +33,16 @@ def test_it_is_the_textbook_s(implementation, t):
     np.testing.assert_allclose(ours, textbook(q, k, v), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 20, 50])
-def test_keys_beyond_the_length_do_not_count(length):
+@pytest.mark.parametrize("lengths", [(1, 50), (20, 20), (50, 7)])
+def test_keys_beyond_a_row_s_length_do_not_count(lengths):
     q, k, v = heads(9, 50)
     run = jax.jit(functools.partial(attention, implementation="chunked"))
-    ours = run(q, k, v.at[:, length:].set(1e30), jnp.int32(length))
-    np.testing.assert_allclose(ours, textbook(q, k[:, :length], v[:, :length]), atol=1e-5)
+    for row, length in enumerate(lengths):
+        v = v.at[row, length:].set(1e30)
+    ours = run(q, k, v, jnp.asarray(lengths))
+    for row, length in enumerate(lengths):
+        some = (a[row : row + 1] for a in (q, k[:, :length], v[:, :length]))
+        np.testing.assert_allclose(ours[row : row + 1], textbook(*some), atol=1e-5)
 
 
 def test_scores_of_half_precision_heads_are_float32():
@@ -59,5 +63,5 @@ def test_a_tpu_program_calls_the_flash_kernel():
     q, k, v = (jax.ShapeDtypeStruct((1, s, 4, 128), jnp.bfloat16) for s in (300, 700, 700))
     run = jax.jit(functools.partial(attention, implementation="pallas"))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        program = run.trace(q, k, v, jnp.int32(500)).lower(lowering_platforms=("tpu",)).as_text()
+        program = run.trace(q, k, v, jnp.full(1, 500)).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in program

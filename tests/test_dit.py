@@ -64,9 +64,10 @@ def one_block(dit, x, sigma, cache, text, audio, block):
         cache,
         text,
         audio,
-        block=block,
-        position=BLOCK * block,
-        distance=jnp.int32(4),
+        step=0,
+        block=block[None],
+        position=BLOCK * block[None],
+        distance=jnp.full(1, 4, jnp.int32),
         speakers=jnp.ones((1, 1, 1, PATCHES)),
     )
 
@@ -79,7 +80,7 @@ def test_streaming_matches_one_shot():
     sigma = jax.random.uniform(jax.random.key(9), (1, BLOCK * blocks))
     want = whole(dit(), x, sigma, reference, motion, text, audio)
     sink = prefill(dit(), reference, motion, text)
-    ring = jnp.zeros((CFG.layers, 1, blocks * BLOCK * PATCHES, CFG.heads, CFG.head_dim))
+    ring = jnp.zeros((1, CFG.layers, 1, blocks * BLOCK * PATCHES, CFG.heads, CFG.head_dim))
     cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
     for i in range(blocks):
         at = slice(BLOCK * i, BLOCK * (i + 1))
@@ -87,7 +88,7 @@ def test_streaming_matches_one_shot():
         args = (x[:, at], sigma[:, at], cache, text, heard, jnp.int32(i))
         velocity, fresh = one_block(dit(), *args)
         np.testing.assert_allclose(velocity, want[:, at], atol=2e-5)
-        cache = cache.append(fresh, jnp.int32(i))
+        cache = cache.append(fresh, 0, jnp.full(1, i, jnp.int32), jnp.ones(1, bool))
     assert one_block._cache_size() == 1
 
 
@@ -118,7 +119,7 @@ def test_audio_reaches_the_named_layers_and_no_others():
 
     def keys(audio):
         sink = prefill(dit(cfg), reference, motion, text)
-        ring = jnp.zeros((cfg.layers, 1, BLOCK * PATCHES, cfg.heads, cfg.head_dim))
+        ring = jnp.zeros((1, cfg.layers, 1, BLOCK * PATCHES, cfg.heads, cfg.head_dim))
         cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
         return one_block(dit(cfg), x, sigma, cache, text, audio, jnp.int32(0))[1].k
 
@@ -139,10 +140,10 @@ def test_audio_reaches_the_named_layers_and_no_others():
 def test_a_call_leaves_the_given_cache_alone():
     x, reference, motion, text, audio = given(BLOCK)
     sink = prefill(dit(), reference, motion, text)
-    ring = jnp.zeros((CFG.layers, 1, BLOCK * PATCHES, CFG.heads, CFG.head_dim))
+    ring = jnp.zeros((1, CFG.layers, 1, BLOCK * PATCHES, CFG.heads, CFG.head_dim))
     cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
     _, fresh = one_block(dit(), x, jnp.full((1, BLOCK), 0.5), cache, text, audio, jnp.int32(0))
-    after = cache.append(fresh, jnp.int32(0))
+    after = cache.append(fresh, 0, jnp.full(1, 0, jnp.int32), jnp.ones(1, bool))
     assert (cache.ring.k == 0).all() and (after.ring.k != 0).any()
 
 

@@ -42,7 +42,7 @@ def test_products_of_rotated_vectors_depend_on_the_distance_only():
     def product(a, b):
         turned = []
         for x, at in ((q, a), (k, b)):
-            turn = layers.grid_phase(jnp.asarray([at]), jnp.arange(1), jnp.arange(1), 24)
+            turn = layers.grid_phase(jnp.asarray([[at]]), jnp.arange(1), jnp.arange(1), 24)
             turned.append(layers.rotate(jnp.asarray(x), turn))
         return np.asarray((turned[0] * turned[1]).sum(-1))
 

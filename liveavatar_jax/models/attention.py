@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.models.layers import Linear, RMSNorm
-from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct
+from liveavatar_jax.types import Array, Bool, Float, Int, LiveAvatarError, struct
 
 _ROWS = 512  # queries handled at once on a CPU
 
@@ -29,47 +29,81 @@ class KV:
 
 @struct
 class KVCache:
-    """What one denoising step remembers, in all layers.
+    """What a stream remembers, in all layers.
 
-    The ring holds the last blocks with their keys rotated by absolute position, so their order
-    is free. The sink holds the condition tokens with unrotated keys, for they roll along.
+    Every denoising step has a ring of its own, with the last blocks at its noise level; their
+    keys are rotated by absolute position, so their order is free. The sink holds the condition
+    tokens with unrotated keys, for they roll along; they know no level, so all steps share them.
     """
 
-    ring: KV  # "l b s n d"
+    ring: KV  # "step l b s n d"
     sink: KV  # "l b t n d"
 
-    def append(self, fresh: KV, block: Int[Array, ""]) -> "KVCache":
-        """`fresh` ("l b t n d") takes the slot of the oldest block; `block` were seen before."""
-        return KVCache(ring=overwrite(self.ring, fresh, block), sink=self.sink)
+    def append(
+        self,
+        fresh: KV,
+        step: int | Int[Array, ""],
+        block: Int[Array, " b"],
+        live: Bool[Array, " b"],
+    ) -> "KVCache":
+        """`fresh` ("l b t n d") takes the slot of each live row's oldest block at that step.
+
+        `block` were seen before. Written row by row into place, so that a donated ring is
+        never held twice.
+        """
+        t, slots = fresh.tokens, slots_of(self.ring, fresh)
+
+        def write(ring: Array, new: Array) -> Array:
+            for row in range(len(block)):
+                at = (step, 0, row, block[row] % slots * t, 0, 0)
+                some = new[None, :, row : row + 1]
+                old = jax.lax.dynamic_slice(ring, at, some.shape)
+                some = jnp.where(live[row], some.astype(ring.dtype), old)
+                ring = jax.lax.dynamic_update_slice(ring, some, at)
+            return ring
+
+        ring = KV(k=write(self.ring.k, fresh.k), v=write(self.ring.v, fresh.v))
+        return KVCache(ring=ring, sink=self.sink)
 
 
-def overwrite(ring: KV, fresh: KV, block: Int[Array, ""]) -> KV:
-    """Ring with block number `block` in its slot; leading axes are free.
+def slots_of(ring: KV, fresh: KV) -> int:
+    """How many blocks like `fresh` the ring holds.
 
     Raises:
         LiveAvatarError: the ring does not hold whole blocks of this size.
     """
-    t = fresh.tokens
-    if ring.tokens % t:
+    if ring.tokens % fresh.tokens:
         raise LiveAvatarError(
-            f"a ring of {ring.tokens} tokens cannot hold whole blocks of {t}; start the stream anew"
+            f"a ring of {ring.tokens} tokens cannot hold whole blocks of {fresh.tokens}; start the "
+            "stream anew"
         )
-    start = block % (ring.tokens // t) * t
+    return ring.tokens // fresh.tokens
 
-    def write(old: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=-3)
 
-    return KV(k=write(ring.k, fresh.k), v=write(ring.v, fresh.v))
+def overwrite(ring: KV, fresh: KV, block: Int[Array, " b"]) -> KV:
+    """One layer's ring ("b s n d") with block number `block` of every row in its slot.
+
+    By selection, which fuses into whatever reads the ring next.
+    """
+    slots = slots_of(ring, fresh)
+    own = (jnp.arange(slots)[None] == block[:, None] % slots)[:, :, None, None, None]
+
+    def select(old: Array, new: Array) -> Array:
+        slotted = rearrange(old, "b (s t) n d -> b s t n d", s=slots)
+        slotted = jnp.where(own, new[:, None].astype(old.dtype), slotted)
+        return rearrange(slotted, "b s t n d -> b (s t) n d")
+
+    return KV(k=select(ring.k, fresh.k), v=select(ring.v, fresh.v))
 
 
 def attention(
     q: Float[Array, "b t n d"],
     k: Float[Array, "b s n d"],
     v: Float[Array, "b s n d"],
-    length: Int[Array, ""] | None = None,
+    length: Int[Array, " b"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "b t n d"]:
-    """Softmax attention over the first `length` keys (all, if None), softmax in float32.
+    """Softmax attention over each row's first `length` keys (all, if None), softmax in float32.
 
     `implementation`: "chunked" (any device), "cudnn" (NVIDIA, 16-bit inputs), "pallas" (TPU),
     "plain" (a handful of keys), or "auto", the best for the default backend and these inputs.
@@ -86,22 +120,22 @@ def _chunked(
     q: Float[Array, "b t n d"],
     k: Float[Array, "b s n d"],
     v: Float[Array, "b s n d"],
-    length: Int[Array, ""] | None,
+    length: Int[Array, " b"] | None,
 ) -> Float[Array, "b t n d"]:
     """One head and at most `_ROWS` queries at a time.
 
     XLA's CPU back end runs a batched product several times slower than a plain one, and the
     whole score matrix would leave the cache (and, at 14B, the memory).
     """
-    b, t, _, d = q.shape
+    b, t, n, d = q.shape
     rows = math.ceil(t / math.ceil(t / _ROWS))
     padding = ((0, 0), (0, -t % rows), (0, 0), (0, 0))
     queries = rearrange(jnp.pad(q * d**-0.5, padding), "b (i t) n d -> (b n) i t d", t=rows)
-    seen = k.shape[1] if length is None else length
-    hidden = jnp.where(jnp.arange(k.shape[1]) < seen, 0.0, -jnp.inf)[None]
+    seen = jnp.full(b * n, k.shape[1]) if length is None else jnp.repeat(length, n)
 
-    def one_head(head: tuple[Array, Array, Array]) -> Array:
-        q, k, v = head
+    def one_head(head: tuple[Array, Array, Array, Array]) -> Array:
+        q, k, v, seen = head
+        hidden = jnp.where(jnp.arange(len(k)) < seen, 0.0, -jnp.inf)[None]
 
         def some_rows(q: Array) -> Array:
             score = jnp.dot(q, k.T, preferred_element_type=jnp.float32) + hidden
@@ -112,7 +146,7 @@ def _chunked(
         return jax.lax.map(some_rows, q) if len(q) > 1 else some_rows(q[0])[None]
 
     keys, values = (rearrange(a, "b s n d -> (b n) s d") for a in (k, v))
-    y = jax.lax.map(one_head, (queries, keys, values))
+    y = jax.lax.map(one_head, (queries, keys, values, seen))
     return rearrange(y, "(b n) i t d -> b (i t) n d", b=b)[:, :t]
 
 
@@ -120,10 +154,9 @@ def _cudnn(
     q: Float[Array, "b t n d"],
     k: Float[Array, "b s n d"],
     v: Float[Array, "b s n d"],
-    length: Int[Array, ""] | None,
+    length: Int[Array, " b"] | None,
 ) -> Float[Array, "b t n d"]:
-    lengths = None if length is None else jnp.broadcast_to(length, len(q))
-    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="cudnn")
     return cast(Array, y)
 
 
@@ -131,22 +164,20 @@ def _pallas(
     q: Float[Array, "b t n d"],
     k: Float[Array, "b s n d"],
     v: Float[Array, "b s n d"],
-    length: Int[Array, ""] | None,
+    length: Int[Array, " b"] | None,
 ) -> Float[Array, "b t n d"]:
     """The TPU flash kernel; it wants whole tiles, and hides keys by segment."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    t, s = q.shape[1], k.shape[1]
+    b, t, s = len(q), q.shape[1], k.shape[1]
     tile = 128
     q, k, v = (
         jnp.pad(a, ((0, 0), (0, -a.shape[1] % tile), (0, 0), (0, 0))).swapaxes(1, 2)
         for a in (q, k, v)
     )
-    seen = (jnp.arange(k.shape[2]) < (s if length is None else length)).astype(jnp.int32)
-    segments = flash.SegmentIds(
-        q=jnp.ones((len(q), q.shape[2]), jnp.int32),
-        kv=jnp.broadcast_to(seen, (len(k), len(seen))),
-    )
+    length = jnp.full(b, s) if length is None else length
+    seen = jnp.arange(k.shape[2])[None] < length[:, None]
+    segments = flash.SegmentIds(q=jnp.ones((b, q.shape[2]), jnp.int32), kv=seen.astype(jnp.int32))
     y = flash.flash_attention(q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5)
     return y.swapaxes(1, 2)[:, :t]
 
@@ -155,7 +186,7 @@ def _plain(
     q: Float[Array, "b t n d"],
     k: Float[Array, "b s n d"],
     v: Float[Array, "b s n d"],
-    length: Int[Array, ""] | None,
+    length: Int[Array, " b"] | None,
 ) -> Float[Array, "b t n d"]:
     """The textbook formula, for a handful of keys."""
     assert length is None
@@ -165,6 +196,50 @@ def _plain(
 
 
 _IMPLEMENTATIONS = {"chunked": _chunked, "cudnn": _cudnn, "pallas": _pallas, "plain": _plain}
+
+
+class Layout:
+    """Where the arrays of a forward lie: here, on one device. `parallel` knows of others.
+
+    Between attentions tokens are "b f p dim"; a layout may part them over devices, padded to
+    `p'` a frame. Attention wants all tokens of some heads, "b t n d" without padding.
+    """
+
+    def split(self, x: Float[Array, "b f p dim"]) -> Float[Array, "b f pp dim"]:
+        """Tokens, parted."""
+        return x
+
+    def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b t n d"]:
+        """All tokens of this device's heads."""
+        return rearrange(x[:, :, :p], "b f p n d -> b (f p) n d")
+
+    def scatter(
+        self, x: Float[Array, "b t n d"], f: int, padded: int
+    ) -> Float[Array, "b f pp n d"]:
+        """The inverse of `gather`."""
+        x = rearrange(x, "b (f p) n d -> b f p n d", f=f)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[2]), (0, 0), (0, 0)))
+
+    def attention(
+        self,
+        q: Float[Array, "b t n d"],
+        k: Float[Array, "b s n d"],
+        v: Float[Array, "b s n d"],
+        length: Int[Array, " b"] | None,
+        implementation: str,
+    ) -> Float[Array, "b t n d"]:
+        """`attention`, each device over its heads."""
+        return attention(q, k, v, length, implementation)
+
+    def cross(
+        self, q: Float[Array, "b f pp n d"], k: Array, v: Array, implementation: str
+    ) -> Float[Array, "b f pp n d"]:
+        """Attention to a few keys that no level and no block changes, each device its tokens."""
+        y = attention(rearrange(q, "b f p n d -> b (f p) n d"), k, v, None, implementation)
+        return rearrange(y, "b (f p) n d -> b f p n d", f=q.shape[1])
+
+
+ONE_DEVICE = Layout()
 
 
 class Attention(nnx.Module):
@@ -178,16 +253,19 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(dim, dtype, rngs=rngs)
         self.norm_k = RMSNorm(dim, dtype, rngs=rngs)
 
-    def query(self, x: Float[Array, "b t dim"]) -> Float[Array, "b t n d"]:
+    def query(self, x: Float[Array, "*b t dim"]) -> Float[Array, "*b t n d"]:
         return self._split(self.norm_q(self.q(x)))
 
-    def keys_values(self, x: Float[Array, "b s dim"]) -> KV:
+    def keys_values(self, x: Float[Array, "*b s dim"]) -> KV:
         return KV(k=self._split(self.norm_k(self.k(x))), v=self._split(self.v(x)))
+
+    def out(self, y: Float[Array, "*b t n d"]) -> Float[Array, "*b t dim"]:
+        return self.o(rearrange(y, "... n d -> ... (n d)"))
 
     def __call__(self, x: Float[Array, "b t dim"], context: KV) -> Float[Array, "b t dim"]:
         """Cross-attention to keys and values made before."""
         y = attention(self.query(x), context.k, context.v, implementation=self.implementation)
-        return self.o(rearrange(y, "b t n d -> b t (n d)"))
+        return self.out(y)
 
-    def _split(self, x: Float[Array, "b t dim"]) -> Float[Array, "b t n d"]:
-        return rearrange(x, "b t (n d) -> b t n d", n=self.heads)
+    def _split(self, x: Float[Array, "*b t dim"]) -> Float[Array, "*b t n d"]:
+        return rearrange(x, "... (n d) -> ... n d", n=self.heads)

@@ -50,25 +50,26 @@ class FramePacker(nnx.Module):
         return jnp.concatenate(parts, axis=1)
 
 
-def condition_phase(height: int, width: int, roll: Int[Array, ""] | int, head_dim: int) -> Phase:
+def condition_phase(height: int, width: int, roll: Int[Array, " b"], head_dim: int) -> Phase:
     """Phases of reference | near | mid | far tokens for latents of height × width.
 
     Only the reference rolls; the motion frames stay at negative positions. Coarse grids spread
     over the fine one, truncated to integers.
     """
     rows, cols = height // 2, width // 2
-    reference = jnp.asarray(REFERENCE_POSITION + roll, jnp.int32)[None]
     groups = (
-        (reference, rows, cols),
-        (np.array([-1]), rows, cols),
-        (np.array([-3]), height // 4, width // 4),
-        (np.array([-19, -14, -9, -4]), height // 8, width // 8),
+        (REFERENCE_POSITION + roll[:, None], rows, cols),
+        (np.array([[-1]]), rows, cols),
+        (np.array([[-3]]), height // 4, width // 4),
+        (np.array([[-19, -14, -9, -4]]), height // 8, width // 8),
     )
-    phases = [
-        grid_phase(jnp.asarray(frames), _spread(h, rows), _spread(w, cols), head_dim)
-        for frames, h, w in groups
-    ]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *phases)
+
+    def group(frames: Int[Array, "_ f"] | np.ndarray, h: int, w: int) -> Phase:
+        turn = grid_phase(jnp.asarray(frames), _spread(h, rows), _spread(w, cols), head_dim)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(roll), *a.shape[1:])), turn)
+
+    phases = [group(*each) for each in groups]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *phases)
 
 
 def _spread(coarse: int, fine: int) -> Int[Array, " n"]:

@@ -14,7 +14,15 @@ from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.config import DiTConfig
-from liveavatar_jax.models.attention import KV, Attention, KVCache, attention, overwrite
+from liveavatar_jax.models.attention import (
+    KV,
+    ONE_DEVICE,
+    Attention,
+    KVCache,
+    Layout,
+    attention,
+    overwrite,
+)
 from liveavatar_jax.models.audio import AudioAdapter, AudioTokens, Injector
 from liveavatar_jax.models.condition import (
     REFERENCE_POSITION,
@@ -36,7 +44,7 @@ from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct
 PATCH = (1, 2, 2)
 NOISE, REFERENCE, MOTION = range(3)  # rows of the type embedding
 
-# (q, k, v) -> (y, what to keep); the trunk binds the memory of the layer as the first argument
+# (memory of the layer, q, k, v: "b t n d") -> (y, what to keep)
 Attend = Callable[..., tuple[Array, Any]]
 
 
@@ -65,22 +73,21 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b f p dim"],
         level: Float[Array, "b f 6 dim"],
-        text: KV,
-        attend: Attend,
+        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+        cross: Callable[[Array], Array],
     ) -> tuple[Float[Array, "b f p dim"], Any]:
-        """`attend(q, k, v) -> (y, kept)` gets unrotated heads; it knows positions and memory."""
-        frames = x.shape[1]
+        """`attend(q, k, v) -> (y, kept)` gets unrotated heads "b f p n d"; it knows positions and
+        memory. `cross(q) -> y` looks at the prompt."""
         level = level + self.modulation[...].astype(jnp.float32)[None, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(level, 6, axis=2)
 
-        h = rearrange(modulate(x, shift1, scale1), "b f p dim -> b (f p) dim")
+        h = modulate(x, shift1, scale1)
         kv = self.self_attn.keys_values(h)
         y, kept = attend(self.self_attn.query(h), kv.k, kv.v)
-        y = self.self_attn.o(rearrange(y, "b t n d -> b t (n d)"))
-        x = gated(x, gate1, rearrange(y, "b (f p) dim -> b f p dim", f=frames))
+        x = gated(x, gate1, self.self_attn.out(y))
 
-        h = rearrange(self.cross_norm(x), "b f p dim -> b (f p) dim")
-        x = x + rearrange(self.cross_attn(h, text), "b (f p) dim -> b f p dim", f=frames)
+        y = cross(self.cross_attn.query(self.cross_norm(x)))
+        x = x + self.cross_attn.out(y)
 
         h = jax.nn.gelu(self.ffn_in(modulate(x, shift2, scale2)), approximate=True)
         return gated(x, gate2, self.ffn_out(h)), kept
@@ -163,21 +170,24 @@ class CausalDiT(nnx.Module):
         reference: Float[Array, "b 1 h w c"],
         motion: Float[Array, "b f h w c"] | None,
         text: KV,
+        layout: Layout = ONE_DEVICE,
     ) -> KV:
         """The condition sink: unrotated keys and values ("l b t n d") of reference and motion."""
         kinds = self.type_embedding[...].astype(reference.dtype)[:, None, None]
         x = self.patch(patchify(reference, PATCH)) + kinds[REFERENCE]
         if motion is not None:
             x = jnp.concatenate([x, self.packer(motion) + kinds[MOTION]], axis=1)
-        turn = condition_phase(*reference.shape[2:4], roll=0, head_dim=self.cfg.head_dim)
-        turn = jax.tree.map(lambda a: a[: x.shape[1]], turn)
+        turn = condition_phase(
+            *reference.shape[2:4], roll=jnp.zeros(1, jnp.int32), head_dim=self.cfg.head_dim
+        )
+        turn = jax.tree.map(lambda a: a[:, : x.shape[1]], turn)
 
         def attend(_: None, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
-            y = attention(rotate(q, turn), rotate(k, turn), v, None, self.cfg.attention)
-            return y, KV(k=k, v=v)
+            q, turned = rotate(q, turn), rotate(k, turn)
+            return layout.attention(q, turned, v, None, self.cfg.attention), KV(k=k, v=v)
 
         clean = self.level(jnp.zeros((len(x), 1))).blocks
-        _, sink = self._trunk(x[:, None], clean, text, attend)
+        _, sink = self._trunk(x[:, None], clean, text, attend, layout=layout)
         return sink
 
     def denoise(
@@ -188,35 +198,43 @@ class CausalDiT(nnx.Module):
         text: KV,
         audio: AudioTokens,
         *,
-        block: Int[Array, ""],
-        position: Int[Array, ""],
-        distance: Int[Array, ""],
+        step: int | Int[Array, ""],
+        block: Int[Array, " b"],
+        position: Int[Array, " b"],
+        distance: Int[Array, " b"],
         speakers: Float[Array, "b a #f p"],
         pose: Float[Array, "b f h w c"] | None = None,
+        layout: Layout = ONE_DEVICE,
     ) -> tuple[Float[Array, "b f h w c"], KV]:
         """Velocity of one block of a stream, and its keys and values for `cache.append`.
 
-        `block` counts the blocks that the cache has seen, `position` is the first latent frame's
-        place in the video, `distance` how far ahead of it the reference is shown.
+        `step` names the ring. `block` counts the blocks that the ring has seen, `position` is
+        the first latent frame's place in the video, `distance` how far ahead of it the reference
+        is shown; each row of the batch is a stream of its own.
         """
         _, f, h, w, _ = x.shape
         turn = self._turn(position, f, h, w)
         roll = jnp.maximum(0, position - (REFERENCE_POSITION - distance))
         sink_turn = condition_phase(h, w, roll=roll, head_dim=self.cfg.head_dim)
-        sink_turn = jax.tree.map(lambda a: a[: cache.sink.tokens], sink_turn)
+        sink_turn = jax.tree.map(lambda a: a[:, : cache.sink.tokens], sink_turn)
         x = self._embed(x, pose)
         tokens = f * x.shape[2]
         # Blocks are compared, not tokens: tokens would overflow after four days of video.
         seen = cache.sink.tokens + jnp.minimum(block + 1, cache.ring.tokens // tokens) * tokens
 
-        def attend(memory: KVCache, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
+        def attend(memory: tuple[Array, KV], q: Array, k: Array, v: Array) -> tuple[Array, KV]:
+            layer, sink = memory
+            # By index from all rings: to hand the scan one step's would copy that ring.
+            ring = jax.tree.map(lambda a: a[step, layer], cache.ring)
             fresh = KV(k=rotate(k, turn), v=v)
-            ring = overwrite(memory.ring, fresh, block)
-            keys = jnp.concatenate([rotate(memory.sink.k, sink_turn), ring.k], axis=1)
-            values = jnp.concatenate([memory.sink.v, ring.v], axis=1)
-            return attention(rotate(q, turn), keys, values, seen, self.cfg.attention), fresh
+            ring = overwrite(ring, fresh, block)
+            keys = jnp.concatenate([rotate(sink.k, sink_turn), ring.k], axis=1)
+            values = jnp.concatenate([sink.v, ring.v], axis=1)
+            q = rotate(q, turn)
+            return layout.attention(q, keys, values, seen, self.cfg.attention), fresh
 
-        x, fresh = self._trunk(x, level.blocks, text, attend, cache, audio, speakers)
+        memory = (jnp.arange(self.cfg.layers), cache.sink)
+        x, fresh = self._trunk(x, level.blocks, text, attend, memory, audio, speakers, layout)
         return self._unpatchify(self.head(x, level.head), h, w), fresh
 
     def __call__(
@@ -239,9 +257,9 @@ class CausalDiT(nnx.Module):
         """
         _, f, h, w, _ = x.shape
         sink = self.prefill(reference, motion, text)
-        turn = self._turn(0, f, h, w)
-        sink_turn = condition_phase(h, w, roll=0, head_dim=self.cfg.head_dim)
-        sink_turn = jax.tree.map(lambda a: a[: sink.tokens], sink_turn)
+        turn = self._turn(jnp.zeros(1, jnp.int32), f, h, w)
+        sink_turn = condition_phase(h, w, roll=jnp.zeros(1, jnp.int32), head_dim=self.cfg.head_dim)
+        sink_turn = jax.tree.map(lambda a: a[:, : sink.tokens], sink_turn)
         level = self.level(sigma)
         x = self._embed(x, pose)
         step = block_frames * x.shape[2]
@@ -271,6 +289,7 @@ class CausalDiT(nnx.Module):
         memory: Any = None,
         audio: AudioTokens | None = None,
         speakers: Float[Array, "b a #f p"] | None = None,
+        layout: Layout = ONE_DEVICE,
     ) -> tuple[Float[Array, "b f p dim"], Any]:
         """All blocks; `memory` leads with the layer axis, and so does what `attend` keeps.
 
@@ -279,10 +298,23 @@ class CausalDiT(nnx.Module):
         """
         rows = np.full(self.cfg.layers, -1, np.int32)
         rows[list(self.cfg.inject_layers)] = np.arange(len(self.cfg.inject_layers))
+        frames, tokens = x.shape[1:3]
+        x = layout.split(x)
+        padded = x.shape[2]
+        if speakers is not None:
+            speakers = jnp.pad(speakers, ((0, 0), (0, 0), (0, 0), (0, padded - tokens)))
 
         def body(x: Array, layer: Any) -> tuple[Array, Any]:
             block, row, text, memory = layer
-            x, kept = block(x, level, text, lambda q, k, v: attend(memory, q, k, v))
+
+            def own(*qkv: Array) -> tuple[Array, Any]:
+                y, kept = attend(memory, *(layout.gather(a, tokens) for a in qkv))
+                return layout.scatter(y, frames, padded), kept
+
+            def prompt(q: Array) -> Array:
+                return layout.cross(q, text.k, text.v, self.cfg.attention)
+
+            x, kept = block(x, level, own, prompt)
             if audio is None:
                 return x, kept
 
@@ -292,10 +324,11 @@ class CausalDiT(nnx.Module):
 
             return jax.lax.cond(row >= 0, inject, lambda x: x, x), kept
 
-        return jax.lax.scan(body, x, (self.blocks, jnp.asarray(rows), text, memory))
+        x, kept = jax.lax.scan(body, x, (self.blocks, jnp.asarray(rows), text, memory))
+        return x[:, :, :tokens], kept
 
-    def _turn(self, position: Int[Array, ""] | int, f: int, h: int, w: int):
-        frames = position + jnp.arange(f)
+    def _turn(self, position: Int[Array, " b"], f: int, h: int, w: int):
+        frames = position[:, None] + jnp.arange(f)[None]
         return grid_phase(frames, jnp.arange(h // 2), jnp.arange(w // 2), self.cfg.head_dim)
 
     def _embed(

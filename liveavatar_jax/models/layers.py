@@ -84,8 +84,8 @@ def modulate(
 class Phase:
     """Rotation of pairs of neighbouring channels, float32."""
 
-    cos: Float[Array, "*t pairs"]
-    sin: Float[Array, "*t pairs"]
+    cos: Float[Array, "*b t pairs"]
+    sin: Float[Array, "*b t pairs"]
 
 
 _BASE, _DIGITS = 256, 4
@@ -122,25 +122,26 @@ def phase(position: Int[Array, "*t"] | Float[Array, "*t"], pairs: int) -> Phase:
 
 
 def grid_phase(
-    frames: Int[Array, " f"], rows: Int[Array, " h"], cols: Int[Array, " w"], head_dim: int
+    frames: Int[Array, "b f"], rows: Int[Array, " h"], cols: Int[Array, " w"], head_dim: int
 ) -> Phase:
-    """Rotary phase of every token of a frame × row × column grid, `[f·h·w, head_dim / 2]`.
+    """Rotary phase of every token of a frame × row × column grid, `[b, f·h·w, head_dim / 2]`.
 
-    A third of the pairs turns with the row, a third with the column, the rest with the frame.
+    A third of the pairs turns with the row, a third with the column, the rest with the frame;
+    every row of the batch has frames of its own.
     """
     pairs = head_dim // 2
     side = pairs // 3
     parts = (
-        (phase(frames, pairs - 2 * side), (slice(None), None, None)),
-        (phase(rows, side), (None, slice(None), None)),
-        (phase(cols, side), (None, None, slice(None))),
+        (phase(frames, pairs - 2 * side), (slice(None), slice(None), None, None)),
+        (phase(rows, side), (None, None, slice(None), None)),
+        (phase(cols, side), (None, None, None, slice(None))),
     )
-    grid = (len(frames), len(rows), len(cols))
+    grid = (*frames.shape, len(rows), len(cols))
 
-    def spread(field: str) -> Float[Array, "t pairs"]:
+    def spread(field: str) -> Float[Array, "b t pairs"]:
         axes = [getattr(p, field)[at] for p, at in parts]
         whole = [jnp.broadcast_to(a, (*grid, a.shape[-1])) for a in axes]
-        return jnp.concatenate(whole, axis=-1).reshape(-1, pairs)
+        return jnp.concatenate(whole, axis=-1).reshape(len(frames), -1, pairs)
 
     return Phase(cos=spread("cos"), sin=spread("sin"))
 
@@ -149,7 +150,7 @@ def rotate(x: Float[Array, "b t n d"], by: Phase) -> Float[Array, "b t n d"]:
     """Rotary embedding: channels (2j, 2j + 1) of every head turn by the token's phase j."""
     pair = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     re, im = pair[..., 0], pair[..., 1]
-    cos, sin = by.cos[None, :, None], by.sin[None, :, None]
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
     turned = jnp.stack([re * cos - im * sin, im * cos + re * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 

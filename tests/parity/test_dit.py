@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from liveavatar_jax.models import layers, lora
-from liveavatar_jax.models.attention import KV, KVCache, attention
+from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, attention
 from liveavatar_jax.models.condition import condition_phase, patchify
 from liveavatar_jax.models.dit import PATCH, Level
 from liveavatar_jax.models.layers import Phase, rotate
@@ -19,7 +19,7 @@ from .conftest import after_repeats, features, latents, part, published
 
 
 def pair(turn: Phase) -> np.ndarray:
-    return np.stack([turn.cos, turn.sin], axis=-1)
+    return np.stack([turn.cos[0], turn.sin[0]], axis=-1)
 
 
 def levels(dit, t) -> Level:
@@ -46,7 +46,7 @@ def sink(dit, common, text) -> KV:
 def empty(dit, common, sink):
     side = common.sidecar
     slots = side["kv_cache_frames"] * side["latent_size"]["tokens_per_frame"]
-    ring = jnp.zeros((dit.cfg.layers, 1, slots, dit.cfg.heads, dit.cfg.head_dim))
+    ring = jnp.zeros((1, dit.cfg.layers, 1, slots, dit.cfg.heads, dit.cfg.head_dim))
     return KVCache(ring=KV(k=ring, v=ring), sink=sink)
 
 
@@ -58,12 +58,20 @@ def denoise(dit, x, level, cache, text, audio, block, position, distance, speake
         cache,
         text,
         audio,
-        block=block,
-        position=position,
-        distance=distance,
+        step=0,
+        block=block[None],
+        position=position[None],
+        distance=distance[None],
         speakers=speakers,
         pose=pose,
     )
+
+
+LIVE = jnp.ones(1, bool)
+
+
+def one_step(cache: KVCache) -> KV:
+    return jax.tree.map(lambda a: a[0], cache.ring)
 
 
 def everywhere(common, speakers=1) -> jnp.ndarray:
@@ -130,7 +138,9 @@ def test_frame_packer(dit, common, parts):
     for name in parts.tensors:
         if few := re.fullmatch(r"framepack\.tokens_from_(\d+)_frames", name):
             parts.check(name, pack(dit, motion[:, -int(few[1]) :]))
-    turn = condition_phase(*motion.shape[2:4], roll=0, head_dim=dit.cfg.head_dim)
+    turn = condition_phase(
+        *motion.shape[2:4], roll=jnp.zeros(1, jnp.int32), head_dim=dit.cfg.head_dim
+    )
     parts.check("framepack.rope", pair(turn)[-len(parts["framepack.rope"]) :])
 
 
@@ -140,14 +150,17 @@ def test_rotary_tables(dit, common, parts):
     for name in parts.tensors:
         if name.startswith("rope.noise.start") and name.endswith(".table"):
             start = int(name.split(".")[2].removeprefix("start"))
-            turn = dit._turn(jnp.int32(start), frames, size["rows"], size["cols"])
+            turn = dit._turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
             parts.check(name, pair(turn))
             if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
                 parts.check(rotated, rotate(jnp.asarray(parts["in.rope.q"]), turn))
         if name.startswith("rope.cond.roll") and name.endswith(".table"):
             roll = int(name.split(".")[2].removeprefix("roll"))
             turn = condition_phase(
-                size["rows"], size["cols"], roll=jnp.int32(roll), head_dim=dit.cfg.head_dim
+                size["rows"],
+                size["cols"],
+                roll=jnp.full(1, roll, jnp.int32),
+                head_dim=dit.cfg.head_dim,
             )
             parts.check(name, pair(turn))
             if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
@@ -165,24 +178,29 @@ def test_one_block(dit, common, parts, text):
     (start,) = parts.said(r"frame position \d+ \(second block\)")[:1]
     (roll,) = parts.said(r"rolled by \d+")
     block = layer(dit.blocks, index)
-    turn = dit._turn(jnp.int32(start), frames, size["rows"], size["cols"])
+    turn = dit._turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
     sink_turn = condition_phase(
-        size["rows"], size["cols"], roll=jnp.int32(roll), head_dim=dit.cfg.head_dim
+        size["rows"], size["cols"], roll=jnp.full(1, roll, jnp.int32), head_dim=dit.cfg.head_dim
     )
     past = [jnp.asarray(parts[f"block.{n}"]) for n in ("hist_k", "hist_v", "cond_k", "cond_v")]
     seen = {}
 
-    def attend(q, k, v):
+    def attend(*qkv):
+        q, k, v = (a.reshape(1, tokens, *a.shape[3:]) for a in qkv)
         k = rotate(k, turn)
         keys = jnp.concatenate([past[0], k, rotate(past[2], sink_turn)], axis=1)
         values = jnp.concatenate([past[1], v, past[3]], axis=1)
         y = attention(rotate(q, turn), keys, values)
         seen["self_attn"] = block.self_attn.o(y.reshape(1, tokens, -1))
-        return y, KV(k=k, v=v)
+        return y.reshape(qkv[0].shape), KV(k=k, v=v)
+
+    def cross(q):
+        prompt = layer(text, index)
+        return ONE_DEVICE.cross(q, prompt.k, prompt.v, "chunked")
 
     x = jnp.asarray(parts["in.block.x"]).reshape(1, frames, size["tokens_per_frame"], -1)
     level = levels(dit, np.full((1, frames), parts["time.t"][1]))
-    out, fresh = block(x, level.blocks, layer(text, index), attend)
+    out, fresh = block(x, level.blocks, attend, cross)
     parts.check("block.self_attn", seen["self_attn"])
     parts.check("block.new_k", fresh.k)
     parts.check("block.new_v", fresh.v)
@@ -253,14 +271,14 @@ def test_denoise_first_next_rolled_and_far_blocks(dit, fixture, common, text, em
                 speakers=everywhere(common),
                 pose=pose[:, frames * j : frames * (j + 1)],
             )
-            cache = cache.append(fresh, jnp.int32(block))
+            cache = cache.append(fresh, 0, jnp.full(1, block, jnp.int32), LIVE)
             if (name := f"velocity.rd{distance}.block{block}") in want.tensors:
                 want.check(name, published(velocity))
                 checked.add(name)
             if distance == main:
-                check("before_", block, before.ring)
+                check("before_", block, one_step(before))
                 check(r"new\.", block, fresh)
-                check("after_", block, cache.ring)
+                check("after_", block, one_step(cache))
     assert checked == {n for n in want.tensors if n.startswith(("velocity.rd", "cache_"))}
     assert denoise._cache_size() <= compiled + 1
 
@@ -339,7 +357,7 @@ def test_several_speakers(dit, fixture, common, text, empty, name, alone):
             speakers=mask,
             pose=pose[:, frames * j : frames * (j + 1)],
         )
-        cache = cache.append(fresh, jnp.int32(j))
+        cache = cache.append(fresh, 0, jnp.full(1, j, jnp.int32), LIVE)
         want.check(f"{name}.block{j}", published(velocity))
 
 
