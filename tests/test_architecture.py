@@ -21,6 +21,7 @@ LEVELS = {
     "weights": 3,
     "generate": 4,
     "bench": 4,
+    "plan": 4,
     "cli": 4,
     "train": 4,
     "serve": 4,
