@@ -12,12 +12,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig, from_dict
 from liveavatar_jax.models.condition import MOTION_FRAMES
-from liveavatar_jax.models.vae import FeatureCache
+from liveavatar_jax.models.quantise import quantise
 from liveavatar_jax.plan.aot import Program
 
 
-def denoise(devices: list[Any], config: dict, height: int, width: int, rows: int = 1) -> Program:
-    """The tick of one stage on one device: one step of a block against its ring and sink."""
+def denoise(
+    devices: list[Any],
+    config: dict,
+    height: int,
+    width: int,
+    rows: int = 1,
+    weights: str = "bf16",
+) -> Program:
+    """The tick of one stage on one device: one step of a block against its ring and sink.
+
+    `weights` other than bf16 are those of `quantise`.
+    """
     cfg: ModelConfig = from_dict(ModelConfig, config)
     cfg = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, steps=1))
     model, state = _stream(cfg, height, width, rows)
@@ -25,12 +35,14 @@ def denoise(devices: list[Any], config: dict, height: int, width: int, rows: int
     video = 4 * cfg.stream.block_frames
     heard = (rows, 1, video, cfg.dit.audio_layers, cfg.dit.audio_dim)
     chunk = stream.Chunk(audio=_shape(heard, cfg.stream.dtype))
+    if weights != "bf16":
+        model.dit = jax.eval_shape(lambda dit: quantise(dit, weights), model.dit)
     del model.vae  # it lives on another device, and so does its cache
-    state = dataclasses.replace(state, decoder=FeatureCache(()))
+    state = dataclasses.replace(state, decoder=None)
     program = _alone(devices, stream.denoise, model, state, drawn, chunk)
     model, state, *_ = program.arguments
-    caches = state.caches
-    parts = {"weights": model, "ring": caches.ring, "sink": caches.sink, "text": state.text}
+    cache = state.cache
+    parts = {"weights": model, "ring": cache.ring, "sink": cache.sink, "text": state.text}
     return dataclasses.replace(program, parts=parts)
 
 
@@ -39,9 +51,9 @@ def decode(devices: list[Any], config: dict, height: int, width: int, rows: int 
     cfg: ModelConfig = from_dict(ModelConfig, config)
     model, state = _stream(cfg, height, width, rows)
     latents = (rows, cfg.stream.block_frames, height, width, cfg.dit.latent_channels)
-    given = (model.vae, state.decoder, _shape(latents, cfg.stream.dtype))
-    program = _alone(devices, lambda vae, cache, x: vae.decode(x, cache), *given)
-    vae, cache, _ = program.arguments
+    given = (model.vae, state.decoder, _shape(latents, cfg.stream.dtype), _shape((rows,), "bool"))
+    program = _alone(devices, stream.decode, *given)
+    vae, cache, *_ = program.arguments
     return dataclasses.replace(program, parts={"weights": vae, "cache": cache})
 
 
