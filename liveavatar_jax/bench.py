@@ -153,7 +153,7 @@ def _denoise(
 
 def _decode(model: stream.Avatar, state: stream.StreamState, flight: stream.InFlight) -> Any:
     assert state.decoder is not None
-    return stream.decode(model.vae, state.decoder, flight)
+    return stream.decode(model.vae, state.decoder, flight.x, flight.live)
 
 
 def _speech(cfg: SpeechConfig) -> Callable[[], Any]:

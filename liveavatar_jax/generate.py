@@ -176,7 +176,7 @@ def frames_of(
 ) -> tuple[stream.StreamState, UInt8[Array, "b F H W 3"]]:
     """`stream.step`, with the frames as bytes."""
     state, frames = stream.step(model, state, chunk)
-    return state, jnp.round((frames.astype(jnp.float32) + 1.0) * 127.5).astype(jnp.uint8)
+    return state, stream.pixels(frames)
 
 
 def _run(

@@ -21,7 +21,7 @@ from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, Layout
 from liveavatar_jax.models.audio import PAST, AudioTokens
 from liveavatar_jax.models.dit import CausalDiT, Level
 from liveavatar_jax.models.vae import VAE, FeatureCache
-from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError, struct
+from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError, UInt8, struct
 
 LEAD_FRAMES = 3  # of the first block: they blend the still portrait in, and are not shown
 MOTION_VIDEO_FRAMES = 73  # of the standing portrait, packed as motion
@@ -187,7 +187,7 @@ def step(
     """
     state, flight = denoise(model, state, draw(model, state), chunk, layout)
     assert state.decoder is not None
-    decoder, frames = decode(model.vae, state.decoder, flight)
+    decoder, frames = decode(model.vae, state.decoder, flight.x, flight.live)
     return dataclasses.replace(state, decoder=decoder), frames
 
 
@@ -326,15 +326,20 @@ def own_first(first: Float[Array, "b 1 h w c"], flight: InFlight) -> Float[Array
 
 
 def decode(
-    vae: VAE, cache: FeatureCache, flight: InFlight
+    vae: VAE, cache: FeatureCache, x: Float[Array, "b f h w c"], live: Bool[Array, " b"]
 ) -> tuple[FeatureCache, Float[Array, "b F H W 3"]]:
     """Four frames a latent of a clean block, in [-1, 1]; resting rows keep their cache."""
-    frames, fresh = vae.decode(flight.x, cache)
+    frames, fresh = vae.decode(x, cache)
 
     def keep(new: Array, old: Array) -> Array:
-        return jnp.where(flight.live.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+        return jnp.where(live.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(keep, fresh, cache), jnp.clip(frames, -1.0, 1.0)
+
+
+def pixels(frames: Float[Array, "b F H W 3"]) -> UInt8[Array, "b F H W 3"]:
+    """Bytes of frames in [-1, 1]."""
+    return jnp.round((frames.astype(jnp.float32) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def _forward(

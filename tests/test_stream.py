@@ -123,7 +123,7 @@ def test_a_step_is_its_three_parts():
     model = avatar()
     state = started(model)
     _, flight = jax.jit(stream.denoise)(model, state, stream.draw(model, state), chunk(0))
-    _, ours = jax.jit(stream.decode)(model.vae, state.decoder, flight)
+    _, ours = jax.jit(stream.decode)(model.vae, state.decoder, flight.x, flight.live)
     _, whole = step(model, state, chunk(0))
     close(ours, whole)
 

@@ -174,7 +174,7 @@ def test_pipeline_end_to_end(avatar, fixture):
         x = latents(noise[:, g * block : (g + 1) * block])
         drawn = stream.Draw(noise=x, renoise=x, distance=distance)
         state, flight = denoise(avatar, state, drawn, stream.Chunk(audio=part(audio, g, block)))
-        decoder, video = decode(avatar.vae, state.decoder, flight)
+        decoder, video = decode(avatar.vae, state.decoder, flight.x, flight.live)
         state = dataclasses.replace(state, decoder=decoder)
         clean.append(published(flight.x))
         frames.append(np.asarray(video[0]))

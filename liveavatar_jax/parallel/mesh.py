@@ -1,0 +1,149 @@
+"""From "stage=4,tensor=2,vae=1" to devices.
+
+Axes: `stage` (one denoising step each), `tensor` (weights and heads parted) and `sequence`
+(tokens parted) inside a stage, and `vae` (picture columns parted) beside them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.types import LiveAvatarError
+
+STAGE, TENSOR, SEQUENCE, VAE = "stage", "tensor", "sequence", "vae"
+AXES = (STAGE, TENSOR, SEQUENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the axes; `vae` = 0 means that the decoder shares the last stages' devices."""
+
+    stage: int
+    tensor: int = 1
+    sequence: int = 1
+    vae: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshSpec":
+        """Reads "stage=4,vae=1".
+
+        Raises LiveAvatarError for unknown, repeated or ill-sized axes.
+        """
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, size = part.strip().partition("=")
+            if name not in (*AXES, VAE) or not size.isdecimal() or name in sizes:
+                raise LiveAvatarError(
+                    f"--mesh {text!r}: {part.strip()!r} is not understood; write each of stage, "
+                    "tensor, sequence, vae at most once, as in stage=4,vae=1"
+                )
+            sizes[name] = int(size)
+        for name, size in sizes.items():
+            if size < 1 and name != VAE:
+                raise LiveAvatarError(f"--mesh {text!r}: {name} must be at least 1")
+        if STAGE not in sizes:
+            raise LiveAvatarError(f"--mesh {text!r} has no stage axis; write stage=4, one a step")
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        sizes = dataclasses.asdict(self)
+        return ",".join(f"{k}={v}" for k, v in sizes.items() if v > (k != VAE) or k == STAGE)
+
+    @property
+    def stage_devices(self) -> int:
+        return self.stage * self.tensor * self.sequence
+
+    @property
+    def devices(self) -> int:
+        return self.stage_devices + self.vae
+
+    @property
+    def inside(self) -> int:
+        """Devices of one stage."""
+        return self.tensor * self.sequence
+
+    def check(self, cfg: ModelConfig, height: int, width: int) -> None:
+        """Refuses what does not divide, by name; `height` and `width` are those of the latents."""
+        steps, heads, ffn = cfg.stream.steps, cfg.dit.heads, cfg.dit.ffn_dim
+        if cfg.stream.history is not None:
+            raise LiveAvatarError(
+                f"StreamConfig.history = {cfg.stream.history} needs each block clean before the "
+                "next one starts, so it cannot be pipelined; use history = None or one device"
+            )
+        if self.stage != steps:
+            raise LiveAvatarError(
+                f"stage = {self.stage} does not match the {steps} denoising steps; a stage owns "
+                f"exactly one step: use stage={steps} or --steps {self.stage}"
+            )
+        if heads % self.inside:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise LiveAvatarError(
+                f"tensor x sequence = {self.tensor} x {self.sequence} does not divide the {heads} "
+                f"attention heads; their product must be one of {', '.join(map(str, fits))}"
+            )
+        if ffn % self.tensor:
+            raise LiveAvatarError(f"tensor = {self.tensor} does not divide the {ffn} of ffn_dim")
+        if self.vae > 1 and width % self.vae:
+            raise LiveAvatarError(
+                f"vae = {self.vae} does not divide the {width} latent columns of the picture (a "
+                f"latent is 8 pixels; {height} rows); choose another --size or vae"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Meshes:
+    """Where the two programs of a stream run."""
+
+    stages: Mesh  # stage x tensor x sequence
+    vae: Mesh  # devices of the decoder; some of the stages' own where the spec has none
+
+
+def make(spec: MeshSpec, width: int, devices: Sequence[jax.Device] | None = None) -> Meshes:
+    """Places the axes on devices (default: all there are), stages in the order of the processes.
+
+    The decoder lies in the process of the last stage, so that no latent leaves the program by
+    another way than `device_put`. `width` is that of the latents: a decoder that shares devices
+    takes as many of the last process' as divide it.
+
+    Raises LiveAvatarError when there are too few devices, or the processes cannot share them
+    out evenly.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) < spec.devices:
+        raise LiveAvatarError(
+            f"mesh {spec} needs {spec.devices} devices ({spec.stage_devices} for the stages, "
+            f"{spec.vae} for the decoder), and there are {len(devices)}; make it smaller, or on a "
+            f"CPU try it with --fake-devices {spec.devices}"
+        )
+    hosts = sorted({device.process_index for device in devices})
+    if spec.stage % len(hosts):
+        raise LiveAvatarError(
+            f"stage = {spec.stage} cannot be shared out evenly over {len(hosts)} processes; start "
+            "as many processes as divide it"
+        )
+    share = spec.stage_devices // len(hosts)
+    chosen: list[jax.Device] = []
+    own: list[jax.Device] = []
+    for host in hosts:
+        own = [device for device in devices if device.process_index == host]
+        wanted = share + spec.vae * (host == hosts[-1])
+        if len(own) < wanted:
+            raise LiveAvatarError(
+                f"mesh {spec} needs {wanted} devices of process {host}, which has {len(own)}; make "
+                "it smaller or start more processes"
+            )
+        chosen += own[:share]
+    shape = (spec.stage, spec.tensor, spec.sequence)
+    stages = Mesh(np.array(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    decoders = own[share : share + spec.vae] or _sharing(own[:share], width)
+    vae = Mesh(np.array(decoders), (VAE,), axis_types=(AxisType.Auto,))
+    return Meshes(stages=stages, vae=vae)
+
+
+def _sharing(devices: list[jax.Device], width: int) -> list[jax.Device]:
+    """The last devices, as many as divide the columns."""
+    return devices[-max(n for n in range(1, len(devices) + 1) if width % n == 0) :]
