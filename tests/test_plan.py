@@ -235,5 +235,5 @@ def test_table_and_json_say_the_same():
     text, values = to_text(report), json.loads(json.dumps(to_json(report)))
     for words in ("fits 79.1", "99.0  does not fit", "collective-permute", "85.0", "36.0"):
         assert words in text
-    assert values["memory"]["stage"]["fits"] and not values["memory"]["decoder"]["fits"]
+    assert values["compiled"]["stage"]["fits"] and not values["compiled"]["decoder"]["fits"]
     assert values["projections"][0]["projected"]["fps"] == pytest.approx(36.0)

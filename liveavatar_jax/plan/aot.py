@@ -6,8 +6,7 @@ one process at a time unless told otherwise, so the compilation runs as
 
     python -m liveavatar_jax.plan.aot REQUEST.json RESULT.json
 
-FLOPs and times that compilers report are not used: a loop's body is counted once, and for a GPU
-there are none. See `cost.py`.
+FLOPs are counted in `cost.py`, for compilers count a loop's body once, and for a GPU nothing.
 """
 
 import dataclasses
@@ -29,10 +28,6 @@ from liveavatar_jax.parallel.collectives import Collective, collectives
 from liveavatar_jax.plan.chips import Chip, chip, gpu_target
 from liveavatar_jax.types import LiveAvatarError
 
-MISSING = (
-    "{what} is not installed, so nothing can be compiled for {chip}; install the extra with "
-    "`pip install 'liveavatar-jax[plan]'`"
-)
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # of the process itself: it must not look for a device
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask
@@ -42,6 +37,7 @@ _ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+_CAUSE = re.compile(r"[\w.]+(Error|Exception): ")
 _TOO_LARGE = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -94,7 +90,12 @@ def compile_ahead(
     Raises LiveAvatarError where the compiler is not installed, refuses the program for another
     reason than its size, or takes longer than `timeout` seconds.
     """
-    _require(target)
+    if not installed(target):
+        what = "libtpu" if target.platform == "tpu" else "JAX's CUDA plugin"
+        raise LiveAvatarError(
+            f"{what} is not installed, so nothing can be compiled for {target.name}; install the "
+            "extra with `pip install 'liveavatar-jax[plan]'`"
+        )
     with tempfile.TemporaryDirectory() as folder:
         ask, answer = Path(folder) / "request.json", Path(folder) / "result.json"
         asked = {"builder": builder, "chip": target.name, "devices": devices, "request": request}
@@ -110,35 +111,19 @@ def compile_ahead(
                 "for fewer devices or allow more time"
             ) from None
         if not answer.exists():
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise LiveAvatarError(
-                f"{builder} does not compile for {target.name}: {''.join(last)[:500]}"
-            )
-        return _read(json.loads(answer.read_text()))
+            said = done.stderr.decode(errors="replace").strip().splitlines() or ["no word"]
+            cause = next((line for line in reversed(said) if _CAUSE.match(line)), said[-1])
+            raise LiveAvatarError(f"{builder} does not compile for {target.name}: {cause[:500]}")
+        said = json.loads(answer.read_text())
+    found = tuple(collectives(said["text"], said["mesh"]))
+    memory = said["memory"] and Memory(**said["memory"])
+    return Compiled(memory, said["needed"], found, said["seconds"], said["text"])
 
 
 def installed(target: Chip) -> bool:
     """Whether the compiler for this chip can be loaded."""
     names = ("libtpu",) if target.platform == "tpu" else ("jax_cuda13_plugin", "jax_cuda12_plugin")
     return any(importlib.util.find_spec(name) for name in names)
-
-
-def _require(target: Chip) -> None:
-    if not installed(target):
-        what = "libtpu" if target.platform == "tpu" else "JAX's CUDA plugin"
-        raise LiveAvatarError(MISSING.format(what=what, chip=target.name))
-
-
-def _read(answer: dict[str, Any]) -> Compiled:
-    if answer["memory"] is None:
-        return Compiled(None, answer["needed"], (), answer["seconds"])
-    return Compiled(
-        memory=Memory(**answer["memory"]),
-        needed=None,
-        collectives=tuple(collectives(answer["text"], answer["mesh"])),
-        seconds=answer["seconds"],
-        text=answer["text"],
-    )
 
 
 # ---- in the process that compiles
@@ -174,7 +159,7 @@ def _main(ask: str, answer: str) -> None:
     module, function = asked["builder"].split(":")
     program = getattr(importlib.import_module(module), function)(devices, **asked["request"])
     begun = time.perf_counter()
-    result: dict[str, Any] = {"memory": None}
+    result = {"memory": None, "needed": None, "text": "", "mesh": program.mesh}
     try:
         jitted = jax.jit(program.function, donate_argnums=program.donate, keep_unused=True)
         compiled = jitted.trace(*program.arguments).lower().compile()
@@ -191,7 +176,7 @@ def _main(ask: str, answer: str) -> None:
             "temporaries": stats.temp_size_in_bytes,
             "parts": {name: _held(tree) for name, tree in program.parts.items()},
         }
-        result |= {"text": compiled.as_text(), "mesh": program.mesh}
+        result["text"] = compiled.as_text()
     result["seconds"] = time.perf_counter() - begun
     Path(answer).write_text(json.dumps(result))
 

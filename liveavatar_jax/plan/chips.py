@@ -6,12 +6,16 @@ of the chip's ports, for a permute to the next stage takes one path.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from liveavatar_jax.types import LiveAvatarError
 
 GIB = 2**30
+
+# What the GPU compiler asks beside the figures of the table: capability, cores, L2, clock.
+_HOPPER = {"major": "9", "core_count": "132", "l2_cache_size": "52428800", "clock_rate_ghz": "1.98"}
+_BLACKWELL = _HOPPER | {"major": "10", "core_count": "148", "l2_cache_size": "132644864"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Chip:
     peak: Mapping[str, float]  # by the dtype of a product: bf16, int8, fp8
     link: float
     platform: str  # "cuda" or "tpu"
-    target: Mapping[str, str]  # cuda: fields of the target description; tpu: slice per chips
+    target: Mapping[str, str]  # cuda: fields of the target description; tpu: slices by chips
     source: str
 
     def rate(self, dtype: str) -> float:
@@ -41,72 +45,48 @@ class Chip:
             return f"1x1x{devices}" if hosts == 1 else f"1x{hosts}x8"
         for chips, name in self.target.items():
             if int(chips) >= devices:
-                return name
+                return f"{self.name}:{name}"
         raise LiveAvatarError(
             f"no slice of {self.name} with {devices} chips is listed; the largest has "
             f"{list(self.target)[-1]}"
         )
 
 
-def _hopper(name: str, memory: float, bandwidth: float, link: float, source: str) -> Chip:
-    return _gpu(name, memory, bandwidth, 989.4e12, link, ("9", "132", "52428800", "1.98"), source)
-
-
 def _gpu(
     name: str,
     memory: float,
     bandwidth: float,
-    bf16: float,
     link: float,
-    silicon: tuple[str, str, str, str],  # compute capability, cores, L2 bytes, clock in GHz
     source: str,
+    bf16: float = 989.4e12,
+    target: Mapping[str, str] = _HOPPER,
 ) -> Chip:
-    major, cores, l2, clock = silicon
-    target = {"major": major, "core_count": cores, "l2_cache_size": l2, "clock_rate_ghz": clock}
-    peak = MappingProxyType({"bf16": bf16, "int8": 2 * bf16, "fp8": 2 * bf16})
-    return Chip(name, memory, bandwidth, peak, link, "cuda", MappingProxyType(target), source)
+    peak = {"bf16": bf16, "int8": 2 * bf16, "fp8": 2 * bf16}
+    return Chip(name, memory, bandwidth, peak, link, "cuda", target, source)
 
 
 def _tpu(
-    name: str,
-    memory: float,
-    bandwidth: float,
-    peak: dict[str, float],
-    link: float,
-    slices: dict[str, str],
-    source: str,
+    name: str, gib: float, bandwidth: float, link: float, bf16: float, int8: float, shapes: str
 ) -> Chip:
-    peaks, target = MappingProxyType(peak), MappingProxyType(slices)
-    return Chip(name, memory, bandwidth, peaks, link, "tpu", target, source)
+    slices = {str(math.prod(map(int, shape.split("x")))): shape for shape in shapes.split()}
+    source, peak = f"Google Cloud documentation, TPU {name}", {"bf16": bf16, "int8": int8}
+    return Chip(name, gib * GIB, bandwidth, peak, link, "tpu", slices, source)
 
 
-_FLAT = {"4": "2x2", "8": "2x4", "16": "4x4", "32": "4x8", "64": "8x8", "256": "16x16"}
-_CUBE = {"4": "2x2x1", "8": "2x2x2", "16": "2x2x4", "64": "4x4x4", "128": "4x4x8"}
-
-
-def _slices(kind: str, shapes: dict[str, str]) -> dict[str, str]:
-    return {chips: f"{kind}:{shape}" for chips, shape in shapes.items()}
-
+_HGX = "NVIDIA HGX B200 datasheet, 2024 (1000 W)"
+_FLAT, _CUBE = "2x2 2x4 4x4 4x8 8x8 16x16", "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8"
 
 # GPU memory is what the driver reports, TPU memory what the TPU compiler lets a program have.
-CHIPS: Mapping[str, Chip] = MappingProxyType(
-    {
-        chip.name: chip
-        for chip in (
-            _hopper("h100", 84.94e9, 3.35e12, 450e9, "NVIDIA H100 SXM datasheet, 2023"),
-            _hopper("h800", 84.94e9, 3.35e12, 200e9, "H100 datasheet; NVLink 400 GB/s as sold"),
-            _hopper("h200", 150.75e9, 4.8e12, 450e9, "NVIDIA H200 SXM datasheet, 2024"),
-            _gpu("b200", 191.5e9, 8.0e12, 2250e12, 900e9, ("10", "148", "132644864", "1.965"),
-                 "NVIDIA HGX B200 datasheet, 2024 (1000 W)"),
-            _tpu("v5e", 15.75 * GIB, 819e9, {"bf16": 197e12, "int8": 393e12}, 50e9,
-                 _slices("v5e", _FLAT), "Google Cloud documentation, TPU v5e"),
-            _tpu("v5p", 95.74 * GIB, 2765e9, {"bf16": 459e12, "int8": 918e12}, 100e9,
-                 _slices("v5p", _CUBE), "Google Cloud documentation, TPU v5p"),
-            _tpu("v6e", 31.25 * GIB, 1638e9, {"bf16": 918e12, "int8": 1836e12}, 100e9,
-                 _slices("v6e", _FLAT), "Google Cloud documentation, TPU v6e"),
-        )
-    }
-)  # fmt: skip
+_ALL = (
+    _gpu("h100", 84.94e9, 3.35e12, 450e9, "NVIDIA H100 SXM datasheet, 2023"),
+    _gpu("h800", 84.94e9, 3.35e12, 200e9, "NVIDIA H100 SXM datasheet; NVLink cut to 400 GB/s"),
+    _gpu("h200", 150.75e9, 4.8e12, 450e9, "NVIDIA H200 SXM datasheet, 2024"),
+    _gpu("b200", 191.5e9, 8.0e12, 900e9, _HGX, 2250e12, _BLACKWELL),
+    _tpu("v5e", 15.75, 819e9, 50e9, 197e12, 393e12, _FLAT),
+    _tpu("v5p", 95.74, 2765e9, 100e9, 459e12, 918e12, _CUBE),
+    _tpu("v6e", 31.25, 1638e9, 100e9, 918e12, 1836e12, _FLAT),
+)
+CHIPS: Mapping[str, Chip] = {each.name: each for each in _ALL}
 
 
 def chip(name: str) -> Chip:
@@ -122,7 +102,7 @@ def gpu_target(chip: Chip) -> str:
     Limits of threads, registers and shared memory are those of compute capabilities 9.0 and 10.0
     (CUDA C++ programming guide, "Compute capabilities").
     """
-    device = {
+    device = {name: value for name, value in chip.target.items() if name != "major"} | {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "threads_per_core_limit": 2048,
@@ -132,9 +112,6 @@ def gpu_target(chip: Chip) -> str:
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
         "fpus_per_core": 128,
-        "core_count": chip.target["core_count"],
-        "l2_cache_size": chip.target["l2_cache_size"],
-        "clock_rate_ghz": chip.target["clock_rate_ghz"],
         "memory_bandwidth": int(chip.bandwidth),
         "device_memory_size": int(chip.memory),
         "block_dim_limit_x": 2**31 - 1,

@@ -9,7 +9,6 @@ product and writes its output once). So bytes are the least that must move.
 import dataclasses
 
 from liveavatar_jax.config import DiTConfig, ModelConfig, VAEConfig
-from liveavatar_jax.models.audio import PAST
 from liveavatar_jax.models.condition import MOTION_FRAMES
 
 
@@ -61,17 +60,21 @@ class Size:
         """Tokens of a latent frame."""
         return (self.height // 2) * (self.width // 2)
 
-    def sink(self, motion: bool) -> int:
-        """Condition tokens: the reference, and the motion frames at three resolutions."""
+    @property
+    def packed(self) -> tuple[int, int, int]:
+        """Tokens of the packed motion frames at full, half and quarter resolution."""
         h, w = self.height, self.width
-        packed = self.frame + (h // 4) * (w // 4) + MOTION_FRAMES // 4 * (h // 8) * (w // 8)
-        return self.frame + (packed if motion else 0)
+        return self.frame, (h // 4) * (w // 4), MOTION_FRAMES // 4 * (h // 8) * (w // 8)
+
+    def sink(self, motion: bool) -> int:
+        """Condition tokens: the reference, and the motion frames."""
+        return self.frame + (sum(self.packed) if motion else 0)
 
 
 def forward(cfg: ModelConfig, size: Size) -> Cost:
     """One denoising step of one block against a full ring: a tick of a stage.
 
-    Adds the audio adapter; leaves out what is made once a stream (`text`, level modulation).
+    Without what is made once a stream (`text`, levels), and the audio adapter (3 GFLOP a block).
     """
     dit, frames, rows = cfg.dit, cfg.stream.block_frames, size.rows
     tokens = frames * size.frame
@@ -90,7 +93,15 @@ def forward(cfg: ModelConfig, size: Size) -> Cost:
         + _linear(size, rows * frames, dit.dim, 2 * dit.dim)
         + local
     )
-    return ends + block * dit.layers + injector * len(dit.inject_layers) + adapter(cfg, size)
+    return ends + block * dit.layers + injector * len(dit.inject_layers)
+
+
+def exchange(cfg: ModelConfig, size: Size, parts: int) -> float:
+    """Bytes that a device sends in a forward whose tokens are parted: queries, keys and values
+    change from tokens to heads, and attention's results back (all-to-all), in every layer."""
+    tokens = size.rows * cfg.stream.block_frames * size.frame
+    own = 2.0 * tokens * cfg.dit.dim / parts
+    return 4 * own * (parts - 1) / parts * cfg.dit.layers
 
 
 def prefill(cfg: ModelConfig, size: Size) -> Cost:
@@ -98,12 +109,9 @@ def prefill(cfg: ModelConfig, size: Size) -> Cost:
     dit, tokens = cfg.dit, size.sink(cfg.stream.motion)
     patch = 4 * dit.latent_channels
     cost = _linear(size, size.rows * size.frame, patch, dit.dim)
-    if cfg.stream.motion:
-        h, w = size.height, size.width
-        near, mid = size.frame, (h // 4) * (w // 4)
-        far = MOTION_FRAMES // 4 * (h // 8) * (w // 8)
-        for count, scale in ((near, 1), (mid, 8), (far, 64)):
-            cost += _linear(size, size.rows * count, patch * scale, dit.dim)
+    for count, volume in zip(size.packed, (1, 8, 64), strict=True):
+        if cfg.stream.motion:
+            cost += _linear(size, size.rows * count, patch * volume, dit.dim)
     written = Cost(bytes_cache=4.0 * size.rows * tokens * dit.dim)
     return cost + (_block(dit, size, tokens, tokens) + written) * dit.layers
 
@@ -113,23 +121,6 @@ def text(cfg: ModelConfig, size: Size) -> Cost:
     dit, tokens = cfg.dit, size.rows * cfg.dit.text_len
     cost = _linear(size, tokens, dit.text_dim, dit.dim) + _linear(size, tokens, dit.dim, dit.dim)
     return cost + _linear(size, tokens, dit.dim, dit.dim) * (2 * dit.layers)
-
-
-def adapter(cfg: ModelConfig, size: Size) -> Cost:
-    """Speech features of a block to audio tokens."""
-    dit, video = cfg.dit, 4 * cfg.stream.block_frames + PAST
-    quarter, frames = dit.dim // 4, []
-    for stride in (1, 2, 2):
-        video = (video - 3) // stride + 1
-        frames.append(video * size.rows)
-    groups = dit.audio_tokens
-    first, second, third = frames
-    cost = _linear(size, first, 3 * dit.audio_dim, quarter * groups)
-    cost += _linear(size, first, 3 * dit.audio_dim, quarter)
-    for count in (groups, 1):
-        cost += _linear(size, second * count, 3 * quarter, dit.dim // 2)
-        cost += _linear(size, third * count, 3 * (dit.dim // 2), dit.dim)
-    return cost + _linear(size, third, dit.dim, dit.dim)
 
 
 def decode(cfg: ModelConfig, size: Size) -> Cost:

@@ -11,7 +11,7 @@ import dataclasses
 
 from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.plan.chips import CHIPS, Chip
-from liveavatar_jax.plan.cost import Cost, Size, decode, forward
+from liveavatar_jax.plan.cost import Cost, Size, decode, exchange, forward, prefill
 
 PUBLISHED_SIZE = (50, 90)  # latents of 720 x 400 pixels
 PUBLISHED_SECONDS = {"bf16": 12 / 36.0, "fp8": 12 / 45.2}  # a stage on H800: 36.0 and 45.2 FPS
@@ -61,6 +61,8 @@ class Projection:
     sessions: int
     stage: Roofline
     decoder: Roofline
+    refresh: Roofline  # what a tick takes longer when the sink is made anew
+    opening: Roofline  # one step of the first block, its tokens parted over all stages
     efficiency: float
     shared: bool  # the decoder runs on the stages' devices, after their tick
     frames: int  # of a block
@@ -76,6 +78,10 @@ class Projection:
     def first_frame(self, efficiency: float) -> float:
         """The first block through all steps, and decoded; without the wait for audio."""
         return (self.steps * self.stage.seconds + self.decoder.seconds) / efficiency
+
+    def first_frame_warm(self, efficiency: float) -> float:
+        """The same where all stages work on the first block together, step by step."""
+        return (self.steps * self.opening.seconds + self.decoder.seconds) / efficiency
 
     @property
     def real_time(self) -> bool:
@@ -100,13 +106,18 @@ def project(
     (0): the VAE shares the stages' devices.
     """
     size = dataclasses.replace(size, weight_bytes=WEIGHT_BYTES[weights])
-    stage = forward(cfg, size).split(tensor, sequence)
+    tick = forward(cfg, size)
+    stage, parts = tick.split(tensor, sequence), steps * sequence
     pixels = dataclasses.replace(size, weight_bytes=4)  # the VAE's weights are float32
     devices = decoders or steps * tensor * sequence
     return Projection(
         steps=steps,
         sessions=size.rows,
         stage=roofline(stage, chip, weights, sent),
+        refresh=roofline(prefill(cfg, size).split(tensor, sequence), chip, weights),
+        opening=roofline(
+            tick.split(tensor, parts), chip, weights, exchange(cfg, size, parts) / tensor + sent
+        ),
         decoder=roofline(decode(cfg, pixels).split(sequence=devices), chip),
         efficiency=efficiency(weights if weights in chip.peak else "bf16"),
         shared=not decoders,

@@ -1,14 +1,15 @@
 """What `plan` prints: from results to text, or to plain values for JSON."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from liveavatar_jax.parallel.collectives import Collective, bytes_by_axes
-from liveavatar_jax.plan.aot import Compiled, Memory
+from liveavatar_jax.plan.aot import Compiled
 from liveavatar_jax.plan.chips import GIB, Chip
 from liveavatar_jax.plan.cost import Cost
-from liveavatar_jax.plan.projection import PUBLISHED_SECONDS, Projection, Roofline
+from liveavatar_jax.plan.projection import PUBLISHED_SECONDS, Projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +31,17 @@ def fits(compiled: Compiled, chip: Chip) -> bool:
 
 def to_json(report: Report) -> dict[str, Any]:
     """Plain values; sizes in bytes, times in seconds."""
-    return {
-        "chip": {"name": report.chip.name, "source": report.chip.source},
-        "mesh": report.mesh,
-        "pixels": list(report.pixels),
-        "weights": report.weights,
-        "memory": {
-            name: {
-                "fits": fits(program, report.chip),
-                "limit": report.chip.memory,
-                "needed": program.needed,
-                "compile_seconds": program.seconds,
-                **_sizes(program.memory),
-            }
-            for name, program in report.compiled.items()
-        },
-        "collectives": {
-            name: [dataclasses.asdict(each) | {"sent": each.sent} for each in program.collectives]
-            for name, program in report.compiled.items()
-        },
-        "costs": {name: dataclasses.asdict(cost) for name, cost in report.costs.items()},
-        "projections": [_projection(p) for p in report.projections],
-    }
+    plain = dataclasses.asdict(report)
+    for name, program in report.compiled.items():
+        entry = plain["compiled"][name]
+        del entry["text"]
+        entry["fits"] = fits(program, report.chip)
+        entry["peak"] = program.needed if program.memory is None else program.memory.peak
+    for entry, p in zip(plain["projections"], report.projections, strict=True):
+        for name, share in (("roofline", 1.0), ("projected", p.efficiency)):
+            seconds = {"first_frame": p.first_frame(share), "warm": p.first_frame_warm(share)}
+            entry[name] = {"fps": p.fps(share), **seconds}
+    return plain
 
 
 def to_text(report: Report) -> str:
@@ -66,10 +56,6 @@ def to_text(report: Report) -> str:
         _projections(report.projections),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _sizes(memory: Memory | None) -> dict[str, Any]:
-    return {} if memory is None else {**dataclasses.asdict(memory), "peak": memory.peak}
 
 
 def _memory(report: Report) -> str:
@@ -93,15 +79,16 @@ def _memory(report: Report) -> str:
 def _collectives(name: str, found: Sequence[Collective]) -> str:
     if not found:
         return ""
-    merged: dict[tuple[str, ...], list[Any]] = {}
-    for each in found:
-        where = (" in loop" if each.in_loop else "") + (" in branch" if each.in_branch else "")
+    same = Counter(dataclasses.replace(each, groups=()) for each in found)
+    sent = {dataclasses.replace(each, groups=()): each.sent for each in found}
+    lines = []
+    for each, count in same.items():
+        where = " in loop" * each.in_loop + " in branch" * each.in_branch
         times = "?" if each.times is None else str(each.times)
-        key = ("+".join(each.axes) or "none", each.kind + where, each.shape[:40], times)
-        merged.setdefault(key, [0, each.sent])[0] += 1
-    lines = [(*key, str(n), _mega(sent)) for key, (n, sent) in merged.items()]
-    sums = ((("+".join(axes) or "none"), sent) for axes, sent in bytes_by_axes(found).items())
-    lines += [(axes, "total a tick", "", "", "", _mega(sent)) for axes, sent in sums]
+        cells = ("+".join(each.axes), each.kind + where, each.shape[:40], times, str(count))
+        lines.append((*cells, f"{sent[each] / 1e6:.3f}"))
+    for axes, total in bytes_by_axes(found).items():
+        lines.append(("+".join(axes), "all, a tick", "", "", "", f"{total / 1e6:.3f}"))
     return _table((f"{name}: axis", "collective", "shape", "times", "count", "MB sent"), lines)
 
 
@@ -124,45 +111,29 @@ def _costs(costs: dict[str, Cost]) -> str:
 
 
 def _projections(projections: Sequence[Projection]) -> str:
-    head = ("steps", "sessions", "stage ms", "limit", "decoder ms", "FPS", "first s",
-            "share", "FPS", "first s", "real time")  # fmt: skip
+    head = ("steps", "sessions", "stage ms", "limit", "decoder", "refresh", "FPS", "first s",
+            "warm", "share", "FPS", "first s", "warm", "real time")  # fmt: skip
     lines = []
     for p in projections:
         share = p.efficiency
         lines.append(
             (str(p.steps), str(p.sessions), f"{p.stage.seconds * 1e3:.0f}", p.stage.limit,
-             f"{p.decoder.seconds * 1e3:.0f}", f"{p.fps(1.0):.1f}", f"{p.first_frame(1.0):.2f}",
-             f"{share:.2f}", f"{p.fps(share):.1f}", f"{p.first_frame(share):.2f}",
+             f"{p.decoder.seconds * 1e3:.0f}", f"{p.refresh.seconds * 1e3:.0f}",
+             *_figures(p, 1.0), f"{share:.2f}", *_figures(p, share),
              "yes" if p.real_time else "no")
         )  # fmt: skip
     published = ", ".join(f"{s * 1e3:.0f} ms in {w}" for w, s in PUBLISHED_SECONDS.items())
     note = (
-        "FPS are of each session. Left of `share`: the roofline, which no program reaches. Right "
-        f"of it: projected\nat the share that the paper's stages reach on H800 ({published})."
+        "FPS are of each session; warm: the first frame where all stages open a stream together.\n"
+        "Left of `share` is the roofline, which no program reaches; right of it the projection, at "
+        f"the\nshare of its roofline that the paper's stage reaches on H800 ({published})."
     )
     return f"{_table(head, lines)}\n{note}" if lines else ""
 
 
-def _projection(p: Projection) -> dict[str, Any]:
-    def times(r: Roofline) -> dict[str, Any]:
-        return {**dataclasses.asdict(r), "limit": r.limit}
-
-    shares = {"roofline": 1.0, "projected": p.efficiency}
-    return {
-        "steps": p.steps,
-        "sessions": p.sessions,
-        "stage": times(p.stage),
-        "decoder": times(p.decoder),
-        "efficiency": p.efficiency,
-        **{
-            name: {"tick": p.tick(e), "fps": p.fps(e), "first_frame": p.first_frame(e)}
-            for name, e in shares.items()
-        },
-    }
-
-
-def _mega(sent: float) -> str:
-    return f"{sent / 1e6:.3f}"
+def _figures(p: Projection, share: float) -> tuple[str, ...]:
+    seconds = (p.first_frame(share), p.first_frame_warm(share))
+    return (f"{p.fps(share):.1f}", *(f"{s:.2f}" for s in seconds))
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
