@@ -139,7 +139,8 @@ def broadcast(tree: T) -> T:
     """What process 0 has, on all processes, as numpy arrays.
 
     tree: arrays and numbers; the other processes pass anything of equal shapes and dtypes.
-    Where they cannot know the shape, broadcast the shape first.
+    Where they cannot know the shape, broadcast the shape first. 64-bit values lose their upper
+    half, as everywhere in JAX.
     """
     return multihost_utils.broadcast_one_to_all(tree)
 
