@@ -24,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import topologies
+
 from liveavatar_jax.parallel.collectives import Collective, collectives
 from liveavatar_jax.plan.chips import Chip, chip, gpu_target
 from liveavatar_jax.types import LiveAvatarError
@@ -48,7 +51,7 @@ class Program:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    mesh: dict[str, int]  # sizes of the axes, in the order of the devices
+    mesh: jax.sharding.Mesh
     donate: tuple[int, ...] = ()
     parts: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments to be listed
 
@@ -82,10 +85,10 @@ class Compiled:
 def compile_ahead(
     builder: str, target: Chip, devices: int, timeout: float = 1800.0, **request: Any
 ) -> Compiled:
-    """Compiles `builder`'s program for `devices` chips.
+    """Compiles `builder`'s program for at least `devices` chips.
 
-    `builder` is "package.module:function"; it is called there with the devices and `request`,
-    plain JSON values, and returns a `Program`.
+    `builder` is "package.module:function"; it is called there with the chips of the smallest
+    topology that has so many, and `request`, plain JSON values, and returns a `Program`.
 
     Raises LiveAvatarError where the compiler is not installed, refuses the program for another
     reason than its size, or takes longer than `timeout` seconds.
@@ -130,9 +133,7 @@ def installed(target: Chip) -> bool:
 
 
 def topology(target: Chip, devices: int) -> list[Any]:
-    """The first `devices` of a described slice or host of this chip."""
-    from jax.experimental import topologies
-
+    """All devices of the smallest slice, or hosts, of this chip that has so many."""
     name = target.topology(devices)
     if target.platform == "tpu":
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
@@ -140,29 +141,26 @@ def topology(target: Chip, devices: int) -> list[Any]:
         described = topologies.get_topology_desc(
             target.name, "cuda", target_config=gpu_target(target), topology=name
         )
-    return list(described.devices[:devices])
+    return list(described.devices)
 
 
 def _held(tree: Any) -> int:
     """Bytes of a tree of shapes on one device."""
-    import jax
-
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _main(ask: str, answer: str) -> None:
-    import jax
-
     asked = json.loads(Path(ask).read_text())
     devices = topology(chip(asked["chip"]), asked["devices"])
     module, function = asked["builder"].split(":")
     program = getattr(importlib.import_module(module), function)(devices, **asked["request"])
     begun = time.perf_counter()
-    result = {"memory": None, "needed": None, "text": "", "mesh": program.mesh}
+    result = {"memory": None, "needed": None, "text": "", "mesh": dict(program.mesh.shape)}
     try:
         jitted = jax.jit(program.function, donate_argnums=program.donate, keep_unused=True)
-        compiled = jitted.trace(*program.arguments).lower().compile()
+        with jax.set_mesh(program.mesh):
+            compiled = jitted.trace(*program.arguments).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         too_large = _TOO_LARGE.search(str(error))
         if not too_large:

@@ -76,9 +76,10 @@ def _shape(shape: tuple[int, ...], dtype: str) -> Any:
 
 def _alone(devices: list[Any], function: Any, *arguments: Any) -> Program:
     """On the first device; the second argument is the state, and donated."""
-    place = NamedSharding(Mesh(np.array(devices[:1]), ("device",)), PartitionSpec())
+    mesh = Mesh(np.array(devices[:1]), ("device",))
+    place = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return Program(function, jax.tree.map(put, arguments), {"device": 1}, donate=(1,))
+    return Program(function, jax.tree.map(put, arguments), mesh, donate=(1,))
