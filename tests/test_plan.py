@@ -159,7 +159,21 @@ def test_every_spelling_is_read():
     assert exchanged.groups == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert (sent.kind, sent.axes, sent.bytes) == ("collective-permute", ("stage",), 270)
     assert not sent.in_loop and not sent.in_branch and sent.groups[0] == (0, 2)
-    assert bytes_by_axes([sent, sent]) == {("stage",): 540.0}
+    half = bytes_by_axes([sent, sent, exchanged], taken=0.5)
+    assert half == {("stage",): 540.0 + 0.5 * 32 * 3 / 4}
+
+
+def test_groups_are_read_in_every_notation_and_never_guessed():
+    def groups(text: str):
+        line = f"  %a = f32[4]{{0}} all-reduce(%x), replica_groups={text}, to_apply=%sum\n"
+        return collectives("ENTRY %m (a: f32[4]) -> f32[4] {\n" + line, MESH)[0].groups
+
+    stages, pairs = ((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert groups("mesh['a'=4,'b'=1,'c'=2] {'c'}") == groups("[4,2]<=[8]") == pairs
+    assert groups("mesh['a'=4,'b'=1,'c'=2] {'a'}") == groups("{{0,2,4,6},{1,3,5,7}}") == stages
+    assert groups("mesh['a'=4,'c'=2] {'a','c'}") == groups("{}") == (tuple(range(8)),)
+    with pytest.raises(LiveAvatarError, match="groups of this collective are not understood"):
+        groups("mesh['a'=8] {'a':(2)2}")
 
 
 def test_a_loop_is_counted_by_its_condition_where_that_tells():
@@ -168,6 +182,7 @@ def test_a_loop_is_counted_by_its_condition_where_that_tells():
     assert collectives(GPU.replace(stated, "") + condition, MESH)[0].times == 7
     unknown = collectives(GPU.replace(stated, ""), MESH)[0]
     assert unknown.times is None and unknown.in_loop
+    assert bytes_by_axes([unknown]) == {("tensor",): 0.0}
 
 
 def test_collectives_of_a_compiled_program():

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from liveavatar_jax.types import LiveAvatarError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16}
@@ -27,7 +29,8 @@ _CALLED = re.compile(rf"\b(body|condition|calls|to_apply|\w+_computation)={_NAME
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(
-    r"replica_groups=(\{(?:\{[\d,]*\},?)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+    r"replica_groups=(\{(?:\{[\d,]*\},?)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+    r"|mesh\[[^\]]*\] \{[\w',]*\})"
 )
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
@@ -58,7 +61,8 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """All collectives in the text of a compiled program (`compiled.as_text()`).
 
     `mesh` gives the sizes of the mesh's axes; devices are numbered along it row by row, as in
-    `mesh.devices.flat`. An asynchronous pair counts once.
+    `mesh.devices.flat`. An asynchronous pair counts once. Raises LiveAvatarError for groups in a
+    notation that is not known here.
     """
     computations = _computations(text)
     runs = _runs(computations)
@@ -72,14 +76,16 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return found
 
 
-def bytes_by_axes(found: Iterable[Collective]) -> dict[tuple[str, ...], float]:
+def bytes_by_axes(found: Iterable[Collective], taken: float = 1.0) -> dict[tuple[str, ...], float]:
     """Bytes that one device sends in a run of the program, by the axes they travel along.
 
-    A collective in a loop of unknown count is counted once, in a branch as if taken.
+    Branches run `taken` of the times. Loops whose count depends on data are left out: here that
+    is the refresh of a sink, and a steady tick has none.
     """
     total: dict[tuple[str, ...], float] = defaultdict(float)
     for each in found:
-        total[each.axes] += each.sent * (each.times or 1)
+        share = taken if each.in_branch else 1.0
+        total[each.axes] += each.sent * (each.times or 0) * share
     return dict(total)
 
 
@@ -161,14 +167,31 @@ def _trips(line: str, condition: Sequence[str]) -> int | None:
 
 
 def _groups(kind: str, line: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Groups as they stand, or as one of two formulas over the devices in order."""
     match = (_PAIRS if kind == "collective-permute" else _GROUPS).search(line)
     text = match[1] if match else ""
-    if text.startswith("["):  # [groups, each] <= [shape] T(order): numbers in order, transposed
-        into, shape, *order = re.findall(r"[\[(]([\d,]+)[\])]", text)
-        numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
-        table = (numbers.transpose(_ints(order[0])) if order else numbers).reshape(_ints(into))
-        return tuple(tuple(row) for row in table.tolist())
+    if text.startswith("["):  # [groups, each] <= [shape] T(order)
+        into, shape, *order = map(_ints, re.findall(r"[\[(]([\d,]+)[\])]", text))
+        numbers = np.arange(math.prod(shape)).reshape(shape)
+        table = (numbers.transpose(order[0]) if order else numbers).reshape(into)
+        return tuple(map(tuple, table.tolist()))
+    if text.startswith("mesh"):  # mesh['a'=4,'b'=2] {'b'}: devices that differ in b alone
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text)}
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'(?!=)", text)]
+        table = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        table = np.moveaxis(table, along, range(-len(along), 0))
+        each = math.prod(table.shape[-len(along) :])
+        return tuple(map(tuple, table.reshape(-1, each).tolist()))
+    if text.startswith("mesh"):  # mesh['a'=4,'b'=2] {'b'}: along the axes named last
+        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", text), strict=True)
+        along = [names.index(name) for name in re.findall(r"'(\w+)'", text.partition("{")[2])]
+        table = np.arange(devices).reshape([int(size) for size in sizes])
+        table = np.moveaxis(table, along, range(-len(along), 0))
+        rows = table.reshape(-1, math.prod(int(sizes[i]) for i in along))
+        return tuple(tuple(row) for row in rows.tolist())
     groups = tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]+)\}", text))
+    if not groups and re.search(r"(replica_groups|source_target_pairs)=(?!\{\})", line):
+        raise LiveAvatarError(f"the groups of this collective are not understood: {line[:300]}")
     return groups or (tuple(range(devices)),)
 
 

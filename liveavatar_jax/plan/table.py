@@ -88,7 +88,7 @@ def _collectives(name: str, found: Sequence[Collective]) -> str:
         cells = ("+".join(each.axes), each.kind + where, each.shape[:40], times, str(count))
         lines.append((*cells, f"{sent[each] / 1e6:.3f}"))
     for axes, total in bytes_by_axes(found).items():
-        lines.append(("+".join(axes), "all, a tick", "", "", "", f"{total / 1e6:.3f}"))
+        lines.append(("+".join(axes), "all, a steady tick", "", "", "", f"{total / 1e6:.3f}"))
     return _table((f"{name}: axis", "collective", "shape", "times", "count", "MB sent"), lines)
 
 
