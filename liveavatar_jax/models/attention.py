@@ -209,6 +209,10 @@ class Layout:
         """Tokens, parted."""
         return x
 
+    def join(self, x: Float[Array, "b f pp k"], p: int) -> Float[Array, "b f p k"]:
+        """The inverse of `split`."""
+        return x[:, :, :p]
+
     def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b t n d"]:
         """All tokens of this device's heads."""
         return rearrange(x[:, :, :p], "b f p n d -> b (f p) n d")

@@ -218,7 +218,8 @@ class CausalDiT(nnx.Module):
         sink_turn = condition_phase(h, w, roll=roll, head_dim=self.cfg.head_dim)
         sink_turn = jax.tree.map(lambda a: a[:, : cache.sink.tokens], sink_turn)
         x = self._embed(x, pose)
-        tokens = f * x.shape[2]
+        p = x.shape[2]
+        tokens = f * p
         # Blocks are compared, not tokens: tokens would overflow after four days of video.
         seen = cache.sink.tokens + jnp.minimum(block + 1, cache.ring.tokens // tokens) * tokens
 
@@ -235,7 +236,8 @@ class CausalDiT(nnx.Module):
 
         memory = (jnp.arange(self.cfg.layers), cache.sink)
         x, fresh = self._trunk(x, level.blocks, text, attend, memory, audio, speakers, layout)
-        return self._unpatchify(self.head(x, level.head), h, w), fresh
+        y = layout.join(self.head(x, level.head), p)
+        return self._unpatchify(y, h, w), fresh
 
     def __call__(
         self,
@@ -290,8 +292,9 @@ class CausalDiT(nnx.Module):
         audio: AudioTokens | None = None,
         speakers: Float[Array, "b a #f p"] | None = None,
         layout: Layout = ONE_DEVICE,
-    ) -> tuple[Float[Array, "b f p dim"], Any]:
-        """All blocks; `memory` leads with the layer axis, and so does what `attend` keeps.
+    ) -> tuple[Float[Array, "b f pp dim"], Any]:
+        """All blocks, on tokens as `layout` splits them; `memory` leads with the layer axis, and so
+        does what `attend` keeps.
 
         Twelve of forty layers hear audio: each layer carries the row of its injector, or -1, and
         takes that row from the one stack of injectors inside a branch, so nothing is copied.
@@ -324,8 +327,7 @@ class CausalDiT(nnx.Module):
 
             return jax.lax.cond(row >= 0, inject, lambda x: x, x), kept
 
-        x, kept = jax.lax.scan(body, x, (self.blocks, jnp.asarray(rows), text, memory))
-        return x[:, :, :tokens], kept
+        return jax.lax.scan(body, x, (self.blocks, jnp.asarray(rows), text, memory))
 
     def _turn(self, position: Int[Array, " b"], f: int, h: int, w: int):
         frames = position[:, None] + jnp.arange(f)[None]

@@ -31,7 +31,7 @@ WEIGHTS: Table = (
     (r"\.(o|ffn_out|adain)\.kernel", (TENSOR, None)),
     (r"\.(o|ffn_out|adain)\.weight", (None, TENSOR)),
     (r"time_proj\.kernel", (TENSOR, None)),
-    (r"^(text_in|text_out|time_in|time_out|packer|audio)\b", ()),  # small, or run once
+    (r"\b(text_in|text_out|time_in|time_out|packer|audio)\.|modulation", ()),  # small or run once
 )
 # Heads; those of the prompt are whole along `sequence`, for each part of the tokens needs all.
 HEADS = (TENSOR, SEQUENCE)
@@ -81,19 +81,23 @@ class Parted(Layout):
 
     def split(self, x: Float[Array, "b f p dim"]) -> Float[Array, "b f pp dim"]:
         padding = -x.shape[2] % self.parts
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
-        return jax.lax.with_sharding_constraint(x, P(None, None, self.tokens))
+        # Whole up to here: the compiler would else part the latents, whose columns do not fit.
+        x = jnp.pad(_pin(x), ((0, 0), (0, 0), (0, padding), (0, 0)))
+        return _pin(x, None, None, self.tokens)
+
+    def join(self, x: Float[Array, "b f pp k"], p: int) -> Float[Array, "b f p k"]:
+        return super().join(_pin(x), p)
 
     def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b t n d"]:
-        x = jax.lax.with_sharding_constraint(x, P(None, None, None, self.heads))
-        return super().gather(x, p)
+        return super().gather(_pin(self._by_token(x), None, None, None, self.heads), p)
 
     def scatter(
         self, x: Float[Array, "b t n d"], f: int, padded: int
     ) -> Float[Array, "b f pp n d"]:
-        x = super().scatter(x, f, padded)
-        x = jax.lax.with_sharding_constraint(x, P(None, None, None, self.heads))
-        return jax.lax.with_sharding_constraint(x, P(None, None, self.tokens, TENSOR))
+        return self._by_token(_pin(super().scatter(x, f, padded), None, None, None, self.heads))
+
+    def _by_token(self, x: Float[Array, "b f pp n d"]) -> Float[Array, "b f pp n d"]:
+        return _pin(x, None, None, self.tokens, TENSOR)
 
     def attention(
         self,
@@ -122,3 +126,7 @@ class Parted(Layout):
         return lambda run: jax.shard_map(
             run, in_specs=given, out_specs=back, axis_names=set(axes), check_vma=False
         )
+
+
+def _pin(x: Array, *axes: Axis) -> Array:
+    return jax.lax.with_sharding_constraint(x, P(*axes))
