@@ -1,10 +1,11 @@
 """From costs to seconds, frames per second and the first frame.
 
 A roofline is the time that a chip needs at the least: products at the peak of their dtype, every
-byte once at full bandwidth, whatever travels at the full rate of a link. Real programs need more.
-How much more is stated, not hidden: `EFFICIENCY` is what the paper's own stages reach of their
-roofline on H800 (arXiv 2512.04677, table 3 and appendix E), and a projection for any chip divides
-the roofline by it. That another chip and another compiler reach the same share is an assumption.
+byte once at full bandwidth meanwhile, and then whatever travels at the full rate of a link (of
+what the devices of a stage exchange, little can overlap). Real programs need more. How much more
+is stated, not hidden: `efficiency` is the share of its roofline that the paper's own stage reaches
+on H800 (arXiv 2512.04677, table 3 and appendix E), and a projection for any chip assumes that it
+reaches the same, which nobody has measured.
 """
 
 import dataclasses
@@ -27,9 +28,13 @@ class Roofline:
     memory: float
     link: float
 
+    def at(self, efficiency: float) -> float:
+        """With a share of the peaks; links are taken to reach theirs."""
+        return max(self.matrix, self.memory) / efficiency + self.link
+
     @property
     def seconds(self) -> float:
-        return max(self.matrix, self.memory, self.link)
+        return self.at(1.0)
 
     @property
     def limit(self) -> str:
@@ -69,19 +74,19 @@ class Projection:
 
     def tick(self, efficiency: float) -> float:
         """Between two blocks of a filled pipeline."""
-        stage, decoder = self.stage.seconds, self.decoder.seconds
-        return (stage + decoder if self.shared else max(stage, decoder)) / efficiency
+        stage, decoder = self.stage.at(efficiency), self.decoder.at(efficiency)
+        return stage + decoder if self.shared else max(stage, decoder)
 
     def fps(self, efficiency: float) -> float:
         return self.frames / self.tick(efficiency)
 
     def first_frame(self, efficiency: float) -> float:
         """The first block through all steps, and decoded; without the wait for audio."""
-        return (self.steps * self.stage.seconds + self.decoder.seconds) / efficiency
+        return self.steps * self.stage.at(efficiency) + self.decoder.at(efficiency)
 
     def first_frame_warm(self, efficiency: float) -> float:
         """The same where all stages work on the first block together, step by step."""
-        return (self.steps * self.opening.seconds + self.decoder.seconds) / efficiency
+        return self.steps * self.opening.at(efficiency) + self.decoder.at(efficiency)
 
     @property
     def real_time(self) -> bool:
