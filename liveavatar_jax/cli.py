@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from liveavatar_jax.parallel import hosts
 from liveavatar_jax.types import LiveAvatarError
 
 NO_WEIGHTS = (
@@ -21,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 = done, 2 = refused with one sentence, 130 = interrupted."""
     args = _parser().parse_args(argv)
     try:
-        _set_up(args.device)
-        return args.run(args)
+        _set_up(args)
+        with hosts.guard():
+            return args.run(args)
     except LiveAvatarError as error:
         print(f"liveavatar-jax: {error}", file=sys.stderr)
         return 2
@@ -57,8 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
                    help="default: float32 on a CPU, bfloat16 elsewhere")  # fmt: skip
+    p.add_argument("--mesh", help="devices to use, such as stage=4,vae=1 or stage=4,tensor=2; one "
+                   "stage a denoising step (default: one device)")  # fmt: skip
+    p.add_argument("--warm", type=int, default=0, metavar="N", help="make the first N blocks on "
+                   "all stages at once: an earlier first frame (default: 0)")  # fmt: skip
     p.add_argument("--quantise", choices=("int8", "fp8"), help="weights and products of the DiT's "
                    "blocks in 8 bits: half the memory (default: no)")  # fmt: skip
+    hosts.add_arguments(p)
 
     p = command(_convert, "Convert the published weights; an interrupted run goes on.")
     p.add_argument("--base", type=Path, required=True, help="the downloaded Wan2.2-S2V-14B folder")
@@ -83,6 +90,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     if args.steps is not None and args.steps < 1:
         raise LiveAvatarError(f"--steps {args.steps} must be at least 1")
+    if args.warm < 0:
+        raise LiveAvatarError(f"--warm {args.warm} must be at least 0")
     if not 0 <= args.seed < 2**32:
         raise LiveAvatarError(f"--seed {args.seed} must lie within 0..{2**32 - 1}")
     report = generate(
@@ -98,9 +107,12 @@ def _generate(args: argparse.Namespace) -> int:
             seed=args.seed,
             dtype=args.dtype,
             quantise=args.quantise,
+            mesh=args.mesh,
+            warm=args.warm,
         )
     )
-    print(report)
+    if hosts.is_last():
+        print(report)
     return 0 if report.finished else 130
 
 
@@ -119,10 +131,19 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def _set_up(device: str | None) -> None:
-    """Chooses the device, and keeps compiled programs in a private folder between runs."""
+def _set_up(args: argparse.Namespace) -> None:
+    """Chooses the devices, joins the other processes, and keeps compiled programs in a private
+    folder between runs."""
+    device = args.device
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    if getattr(args, "fake_devices", None) is not None:
+        hosts.fake_devices(args.fake_devices)
+    if hasattr(args, "coordinator"):
+        hosts.initialise(
+            args.coordinator, args.processes, args.process_id, cluster=args.cluster,
+            join_timeout=args.join_timeout, heartbeat=args.heartbeat,
+        )  # fmt: skip
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # JAX asserts when none of the named kind starts

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from liveavatar_jax import stream
@@ -24,7 +23,10 @@ from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.data.video import VideoWriter
 from liveavatar_jax.models.mel import MelConfig
 from liveavatar_jax.models.speech import SpeechEncoder, window_features
-from liveavatar_jax.types import Array, Float, UInt8
+from liveavatar_jax.parallel import hosts
+from liveavatar_jax.parallel.mesh import MeshSpec, make
+from liveavatar_jax.player import OneDevice, OnMesh, load, load_avatar
+from liveavatar_jax.types import Array, Float, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 from liveavatar_jax.weights.convert import TOKENIZER
 
@@ -49,6 +51,8 @@ class Request:
     seed: int = 0
     dtype: str | None = None  # float32 on a CPU, bfloat16 elsewhere
     quantise: str | None = None  # "int8" or "fp8": the DiT's trunk, in 8 bits
+    mesh: str | None = None  # such as "stage=4,vae=1"; None: one device
+    warm: int = 0  # first blocks that are made on all stages at once
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,47 @@ class Report:
 def generate(request: Request) -> Report:
     """Runs the whole command; an interrupt leaves a playable file and a report that says so.
 
+    Over several processes the first one hears the recording and looks at the portrait, the last
+    one writes the video (and reads the recording once more, for its sound).
+
     Raises LiveAvatarError for any input that cannot be used.
     """
-    moments = speech.Moments.of(read_audio(request.audio))
-    portrait = load_portrait(request.image, request.area, fit=request.fit)
-    frames = -(-moments.count // SAMPLES)
-    with VideoWriter(request.out, portrait.shape[:2], fps=FPS, audio=request.audio) as video:
+    moments, picture = speech.Moments.prior(), np.zeros((0, 0, 3), np.uint8)
+    if hosts.is_first():
+        moments = speech.Moments.of(read_audio(request.audio))
+        picture = load_portrait(request.image, request.area, fit=request.fit)
+    about = np.array([-(-moments.count // SAMPLES), *picture.shape[:2]], np.int32)
+    frames, height, width = (int(n) for n in hosts.broadcast(about))
+    picture = hosts.broadcast(picture if picture.size else np.zeros((height, width, 3), np.uint8))
+    with contextlib.ExitStack() as stack:
+        video = None
+        if hosts.is_last():
+            video = VideoWriter(request.out, (height, width), fps=FPS, audio=request.audio)
+            stack.enter_context(video)
         cfg = checkpoint.load_config(request.weights)
         cfg = replace(cfg, stream=_policy(cfg, request))
-        with jax.default_matmul_precision("highest" if cfg.stream.dtype == "float32" else None):
-            context = encode_prompt(request.weights, cfg, request.prompt)
-            heard = hear(request.weights, cfg, request.audio, moments)
+        spec = _mesh(request, cfg, height // 8, width // 8)
+        precision = "highest" if cfg.stream.dtype == "float32" else None
+        stack.enter_context(jax.default_matmul_precision(precision))
+        context = encode_prompt(request.weights, cfg, request.prompt)
+        heard = with_lead(hear(request.weights, cfg, request.audio, moments))
+        chunks = (stream.Chunk(audio=jnp.asarray(block)[None, None]) for block in heard)
+        first = next(chunks) if hosts.is_first() else None
+
+        print("compiling ...", file=sys.stderr)  # minutes, at the published size
+        begun = time.perf_counter()
+        opening = (to_pixels(picture)[None], context, request.seed)
+        if spec is None:
             avatar = load_avatar(request.weights, cfg, request.quantise)
-            return _run(avatar, portrait, context, with_lead(heard), frames, video, request.seed)
+            assert first is not None
+            player = OneDevice(avatar, *opening, first)
+        else:
+            player = OnMesh(
+                request.weights, cfg, spec, *opening, quantised=request.quantise, warm=request.warm
+            )
+        compiling = time.perf_counter() - begun
+        chunks = itertools.chain([first], chunks if hosts.is_first() else itertools.repeat(None))
+        return _watch(player, chunks, frames, video, request, compiling)
 
 
 def _policy(cfg: ModelConfig, request: Request):
@@ -100,15 +132,25 @@ def _policy(cfg: ModelConfig, request: Request):
     return replace(cfg.stream, dtype=dtype, steps=request.steps or cfg.stream.steps)
 
 
-def load_avatar(folder: Path, cfg: ModelConfig, quantised: str | None = None) -> stream.Avatar:
-    """DiT and VAE of a converted checkpoint, in the dtype of the stream.
-
-    quantised: "int8" or "fp8", for the DiT's trunk, see models/quantise.py.
-    """
-    avatar = jax.eval_shape(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
-    avatar.dit = checkpoint.restore(folder, "dit", dtype=cfg.stream.dtype, quantised=quantised)
-    avatar.vae = checkpoint.restore(folder, "vae", dtype=cfg.stream.dtype)
-    return avatar
+def _mesh(request: Request, cfg: ModelConfig, height: int, width: int) -> MeshSpec | None:
+    """The mesh, before anything large is read for it."""
+    if request.mesh is None:
+        if jax.process_count() > 1:
+            raise LiveAvatarError(
+                "several processes need a mesh to share; add --mesh stage=4,vae=1, for example"
+            )
+        if request.warm:
+            raise LiveAvatarError("--warm is for a mesh; add --mesh stage=4,vae=1, for example")
+        return None
+    spec = MeshSpec.parse(request.mesh)
+    spec.check(cfg, height, width)
+    make(spec, width)
+    if request.warm and cfg.dit.heads % spec.stage_devices:
+        raise LiveAvatarError(
+            f"--warm {request.warm} shares the {cfg.dit.heads} heads out over all "
+            f"{spec.stage_devices} devices of mesh {spec}, which does not go; leave it out"
+        )
+    return spec
 
 
 def encode_prompt(folder: Path, cfg: ModelConfig, prompt: str | None) -> Float[Array, "1 t k"]:
@@ -120,7 +162,7 @@ def encode_prompt(folder: Path, cfg: ModelConfig, prompt: str | None) -> Float[A
         return jnp.zeros((1, 1, cfg.dit.text_dim))
     tokenizer = Tokenizer(folder)
     ids, mask = tokenizer(PROMPT if prompt is None else prompt, cfg.dit.text_len)
-    encoder = checkpoint.restore(folder, "text")
+    encoder = load(folder, "text")
     rows = jax.jit(lambda encoder, ids, mask: encoder(ids, mask))(encoder, ids, mask)
     return rows[:, : int(mask.sum())]
 
@@ -130,7 +172,7 @@ def hear(
 ) -> Iterator[Float[np.ndarray, "12 layers c"]]:
     """Speech features block by block, for ever: silence follows the end of the file."""
     if cfg.speech_fits:
-        encoder: SpeechEncoder = checkpoint.restore(folder, "speech")
+        encoder: SpeechEncoder = load(folder, "speech")
         window = speech.SpeechWindow.for_files()
         encode, silence = functools.partial(jax.jit(window_features), encoder), 0.0
     else:
@@ -142,9 +184,12 @@ def hear(
         """A whole hop at once: a slice on the device would wait for the block in progress."""
         return np.asarray(encode(samples, hop), np.float32)
 
-    for block in speech.file_features(fetched, read_audio(audio), moments, window):
-        yield block
-    yield from itertools.repeat(np.full_like(block, silence))
+    def blocks() -> Iterator[Float[np.ndarray, "12 layers c"]]:
+        for block in speech.file_features(fetched, read_audio(audio), moments, window):
+            yield block
+        yield from itertools.repeat(np.full_like(block, silence))
+
+    return blocks()  # after the encoder is loaded, which all processes do together
 
 
 def with_lead(
@@ -164,62 +209,35 @@ def with_lead(
         held = block[BLOCK:]
 
 
-def opened(
-    model: stream.Avatar, picture: Float[Array, "1 H W 3"], context: Array, key: Array
-) -> stream.StreamState:
-    """The state before the first block."""
-    return stream.start(model, stream.encode_portrait(model, picture), context, key)
-
-
-def frames_of(
-    model: stream.Avatar, state: stream.StreamState, chunk: stream.Chunk
-) -> tuple[stream.StreamState, UInt8[Array, "b F H W 3"]]:
-    """`stream.step`, with the frames as bytes."""
-    state, frames = stream.step(model, state, chunk)
-    return state, stream.pixels(frames)
-
-
-def _run(
-    avatar: stream.Avatar,
-    portrait: np.ndarray,
-    context: Array,
-    heard: Iterator[np.ndarray],
+def _watch(
+    player: OneDevice | OnMesh,
+    chunks: Iterator,
     frames: int,
-    video: VideoWriter,
-    seed: int,
+    video: VideoWriter | None,
+    request: Request,
+    compiling: float,
 ) -> Report:
-    picture = jnp.asarray(to_pixels(portrait))[None].astype(avatar.cfg.dtype)
-    chunks = (stream.Chunk(audio=jnp.asarray(block)[None, None]) for block in heard)
-    first = next(chunks)
+    """Drives the player to the end, or to an interrupt; what came until then is in the file.
 
-    print("compiling ...", file=sys.stderr)  # minutes, at the published size
-    begun = time.perf_counter()
-    opening = (avatar, picture, context, jax.random.key(seed))
-    start = jax.jit(opened).lower(*opening).compile()
-    state = jax.eval_shape(opened, *opening)
-    step = jax.jit(frames_of, donate_argnums=1).lower(avatar, state, first).compile()
-    compiling = time.perf_counter() - begun
-
-    begun, first_frame, finished = time.perf_counter(), 0.0, False
-
-    def show(block: Array) -> None:
-        # All of it: a slice would be one more program, queued behind the next block.
-        pixels = np.asarray(block)[0, 0 if video.frames else stream.LEAD_FRAMES :]
-        video.write(pixels[: frames - video.frames])
-        bar.update(video.frames - bar.n)
-
-    with contextlib.suppress(KeyboardInterrupt), tqdm(total=frames, unit="frame") as bar:
-        blocks = -(-(frames + stream.LEAD_FRAMES) // BLOCK)
-        state = start(*opening)
-        state, pending = step(avatar, state, first)
-        for chunk in itertools.islice(chunks, blocks - 1):
-            state, ready = step(avatar, state, chunk)
-            show(pending)  # fetched while the device works on the next block
+    Over several processes an interrupt is an error like others, and so ends them all.
+    """
+    begun, first_frame, seen, finished = time.perf_counter(), 0.0, 0, False
+    interrupts = (KeyboardInterrupt,) if jax.process_count() == 1 else ()
+    blocks = -(-(frames + stream.LEAD_FRAMES) // BLOCK)
+    with (
+        contextlib.suppress(*interrupts),
+        tqdm(total=frames, unit="frame", disable=video is None) as bar,
+    ):
+        for pixels in player.play(chunks, blocks):
+            shown = pixels[0 if seen else stream.LEAD_FRAMES :][: frames - seen]
+            assert video is not None  # frames come out where they are written
+            video.write(shown)
+            seen += len(shown)
+            bar.update(seen - bar.n)
             if not first_frame:
                 first_frame = time.perf_counter() - begun
                 bar.set_postfix_str(f"first frame after {first_frame:.2f} s")
-            pending = ready
-        show(pending)
         finished = True
     seconds = time.perf_counter() - begun
-    return Report(video.path, video.frames, seconds, first_frame or seconds, compiling, finished)
+    out = request.out if video is None else video.path
+    return Report(out, seen, seconds, first_frame or seconds, compiling, finished)

@@ -20,6 +20,7 @@ LEVELS = {
     "metrics": 3,
     "weights": 3,
     "generate": 4,
+    "player": 4,
     "bench": 4,
     "plan": 4,
     "cli": 4,

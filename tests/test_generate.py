@@ -1,5 +1,6 @@
 """The command as a user meets it: files in, a video out, one sentence where that cannot be."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -42,9 +43,13 @@ def private_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+def saved(folder: Path, **changes) -> Path:
     """A converted checkpoint with random weights, whose speech encoder fits its DiT."""
-    cfg = ModelConfig.tiny(dit=DIT, speech=SpeechConfig.tiny(layers=4))
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    dit = dataclasses.replace(DIT, **changes)
+    cfg = ModelConfig.tiny(dit=dit, speech=SpeechConfig.tiny(layers=4))
     avatar = random(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
     networks = {
         "dit": avatar.dit,

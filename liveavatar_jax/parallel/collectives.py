@@ -182,13 +182,6 @@ def _groups(kind: str, line: str, devices: int) -> tuple[tuple[int, ...], ...]:
         table = np.moveaxis(table, along, range(-len(along), 0))
         each = math.prod(table.shape[-len(along) :])
         return tuple(map(tuple, table.reshape(-1, each).tolist()))
-    if text.startswith("mesh"):  # mesh['a'=4,'b'=2] {'b'}: along the axes named last
-        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", text), strict=True)
-        along = [names.index(name) for name in re.findall(r"'(\w+)'", text.partition("{")[2])]
-        table = np.arange(devices).reshape([int(size) for size in sizes])
-        table = np.moveaxis(table, along, range(-len(along), 0))
-        rows = table.reshape(-1, math.prod(int(sizes[i]) for i in along))
-        return tuple(tuple(row) for row in rows.tolist())
     groups = tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]+)\}", text))
     if not groups and re.search(r"(replica_groups|source_target_pairs)=(?!\{\})", line):
         raise LiveAvatarError(f"the groups of this collective are not understood: {line[:300]}")

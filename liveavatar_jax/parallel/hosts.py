@@ -23,11 +23,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from liveavatar_jax.types import LiveAvatarError
 
@@ -135,14 +137,24 @@ def is_last() -> bool:
     return jax.process_index() == jax.process_count() - 1
 
 
-def broadcast(tree: T) -> T:
-    """What process 0 has, on all processes, as numpy arrays.
+def broadcast(tree: T, source: int = 0) -> T:
+    """What process `source` has, on all processes, as numpy arrays.
 
     tree: arrays and numbers; the other processes pass anything of equal shapes and dtypes.
     Where they cannot know the shape, broadcast the shape first. 64-bit values lose their upper
     half, as everywhere in JAX.
     """
-    return multihost_utils.broadcast_one_to_all(tree)
+    return multihost_utils.broadcast_one_to_all(tree, is_source=jax.process_index() == source)
+
+
+def everywhere() -> Callable[[str], Sharding] | None:
+    """For `checkpoint.restore`: a whole copy on a device of every process. With one process there
+    is nothing to say."""
+    if jax.process_count() == 1:
+        return None
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([firsts[i] for i in sorted(firsts)]), ("process",))
+    return lambda path: NamedSharding(mesh, PartitionSpec())
 
 
 @contextlib.contextmanager

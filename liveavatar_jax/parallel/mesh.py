@@ -105,12 +105,11 @@ class Meshes:
 def make(spec: MeshSpec, width: int, devices: Sequence[jax.Device] | None = None) -> Meshes:
     """Places the axes on devices (default: all there are), stages in the order of the processes.
 
-    The decoder lies in the process of the last stage, so that no latent leaves the program by
-    another way than `device_put`. `width` is that of the latents: a decoder that shares devices
-    takes as many of the last process' as divide it.
+    The decoder lies in the process of the last stage, so that a block needs no more than
+    `device_put` to reach it. `width` is that of the latents: a decoder that shares devices takes
+    as many of the last process' as divide it.
 
-    Raises LiveAvatarError when there are too few devices, or the processes cannot share them
-    out evenly.
+    Raises LiveAvatarError when there are too few devices, or a process would have none.
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < spec.devices:
@@ -119,29 +118,37 @@ def make(spec: MeshSpec, width: int, devices: Sequence[jax.Device] | None = None
             f"{spec.vae} for the decoder), and there are {len(devices)}; make it smaller, or on a "
             f"CPU try it with --fake-devices {spec.devices}"
         )
-    hosts = sorted({device.process_index for device in devices})
-    if spec.stage % len(hosts):
-        raise LiveAvatarError(
-            f"stage = {spec.stage} cannot be shared out evenly over {len(hosts)} processes; start "
-            "as many processes as divide it"
-        )
-    share = spec.stage_devices // len(hosts)
-    chosen: list[jax.Device] = []
-    own: list[jax.Device] = []
-    for host in hosts:
-        own = [device for device in devices if device.process_index == host]
-        wanted = share + spec.vae * (host == hosts[-1])
-        if len(own) < wanted:
-            raise LiveAvatarError(
-                f"mesh {spec} needs {wanted} devices of process {host}, which has {len(own)}; make "
-                "it smaller or start more processes"
-            )
-        chosen += own[:share]
+    of_host: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices, key=lambda device: device.process_index):
+        of_host.setdefault(device.process_index, []).append(device)
+    counts = _shares(spec, [len(own) for own in of_host.values()])
+    chosen = [d for own, n in zip(of_host.values(), counts, strict=True) for d in own[:n]]
+    own, share = [*of_host.values()][-1], counts[-1]
     shape = (spec.stage, spec.tensor, spec.sequence)
     stages = Mesh(np.array(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
     decoders = own[share : share + spec.vae] or _sharing(own[:share], width)
     vae = Mesh(np.array(decoders), (VAE,), axis_types=(AxisType.Auto,))
     return Meshes(stages=stages, vae=vae)
+
+
+def _shares(spec: MeshSpec, sizes: list[int]) -> list[int]:
+    """How many devices of each process the stages take: as many of each if that is possible, else
+    what the last processes have, for the decoder has to be beside the last stage."""
+    free = [*sizes[:-1], sizes[-1] - spec.vae]
+    even = spec.stage_devices // len(sizes)
+    if even * len(sizes) == spec.stage_devices and even <= min(free):
+        return [even] * len(sizes)
+    counts, left = [], spec.stage_devices
+    for size in reversed(free):
+        counts.insert(0, max(0, min(size, left)))
+        left -= counts[0]
+    if left or not all(counts):
+        raise LiveAvatarError(
+            f"mesh {spec} cannot be shared out over {len(sizes)} processes with "
+            f"{', '.join(map(str, sizes))} devices; start as few as are needed, and leave the last "
+            "one room for the decoder and a part of the last stage"
+        )
+    return counts
 
 
 def _sharing(devices: list[jax.Device], width: int) -> list[jax.Device]:

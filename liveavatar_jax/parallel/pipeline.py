@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.models.attention import ONE_DEVICE, Layout
+from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.vae import FeatureCache
 from liveavatar_jax.parallel import mesh, stages
 from liveavatar_jax.parallel.mesh import SEQUENCE, STAGE, TENSOR, VAE, MeshSpec
@@ -135,11 +136,12 @@ class Pipeline:
     # ---- what runs
 
     def place(self, avatar: Avatar) -> Placed:
-        """The networks on the mesh: the DiT on every stage, the VAE with the decoder."""
+        """The networks on the mesh: the DiT on every stage, the VAE with the decoder. What a
+        process has of them already is not copied."""
         dit, vae = stages.split(avatar)
+        dit = put(dit, shardings(dit, WEIGHTS, self.meshes.stages))
         if self.decodes:
             vae = jax.device_put(vae, NamedSharding(self.meshes.vae, P()))
-        dit = jax.device_put(dit, shardings(dit, WEIGHTS, self.meshes.stages))
         return Placed(stages=dit, decoder=vae)
 
     def portrait(self, model: Placed, picture: Float[Any, "b H W 3"]) -> Portrait:
@@ -183,7 +185,7 @@ class Pipeline:
                 "so no block can be made on all of them at once; insert the stream as it is"
             )
         decoder, bare = session.decoder, dataclasses.replace(session, decoder=None)
-        chunk = self._everywhere(self._filled(chunk, 1))
+        chunk = self._everywhere(self.filled(chunk, 1))
         with jax.set_mesh(self.meshes.stages):
             bare, leaving = self._warm(model.stages, bare, chunk)
         decoder, clip = self._decoded(model, decoder, leaving)
@@ -203,7 +205,7 @@ class Pipeline:
         if not 0 <= row < self.rows:
             raise LiveAvatarError(f"row {row} is not one of the pipeline's 0..{self.rows - 1}")
         decoder, bare = state.decoder, dataclasses.replace(session, decoder=None)
-        at = jnp.int32(row)
+        at = np.int32(row)
         own, flight = self._insert(state.stages, state.flight, bare, at)
         if self.decodes:
             decoder = self._insert_decoder(decoder, session.decoder, at)
@@ -214,8 +216,7 @@ class Pipeline:
     ) -> tuple[PipelineState, Clip | None]:
         """`tick`, and the frames of what left: None in a process that does not decode."""
         state, leaving = self.tick(model, state, chunk)
-        decoder, clip = self._decoded(model, state.decoder, leaving)
-        return dataclasses.replace(state, decoder=decoder), clip
+        return self.decode(model, state, leaving)
 
     def tick(
         self, model: Placed, state: PipelineState, chunk: Chunk | None
@@ -223,10 +224,39 @@ class Pipeline:
         """Every stage once. The chunk (None: all rows rest) enters the first stage, in whose
         process alone it is looked at; the block that leaves the last one is there, the stages
         leading. Donates `state`."""
-        feed = self._feed(self._filled(chunk, self.rows))
+        feed = self._feed(self.filled(chunk, self.rows))
         with jax.set_mesh(self.meshes.stages):
             own, flight, leaving = self._tick(model.stages, state.stages, state.flight, feed)
         return dataclasses.replace(state, stages=own, flight=flight), leaving
+
+    def decode(
+        self, model: Placed, state: PipelineState, leaving: InFlight
+    ) -> tuple[PipelineState, Clip | None]:
+        """The frames of what left, on the decoder's devices, while the stages go on. Donates the
+        decoder's part of `state`."""
+        decoder, clip = self._decoded(model, state.decoder, leaving)
+        return dataclasses.replace(state, decoder=decoder), clip
+
+    def blank(self) -> Portrait:
+        """A portrait of zeros, without a decoder."""
+        one = self.shapes.session.first
+        motion = np.zeros((1, MOTION_FRAMES, *one.shape[2:]), one.dtype)
+        return Portrait(reference=motion[:, :1], motion=motion, decoder=None)  # type: ignore[arg-type]
+
+    def rehearse(self, model: Placed) -> None:
+        """Runs every program once, on nothing, so that all are compiled. All processes do so."""
+        portrait = self.blank()
+        if self.decodes:
+            _, _, h, w, _ = portrait.reference.shape
+            picture = np.zeros((1, 8 * h, 8 * w, 3), np.float32)
+            decoder = self.portrait(model, picture).decoder
+            portrait = dataclasses.replace(portrait, decoder=decoder)
+        context = np.zeros((1, self.cfg.dit.text_len, self.cfg.dit.text_dim), np.float32)
+        session = self.start(model, portrait, context, jax.random.key(0))
+        if self.can_warm:
+            session, _ = self.warm(model, session, self.filled(None, 1))
+        state = self.insert(self.empty(), session, 0)
+        jax.block_until_ready(self.step(model, state, None))
 
     # ---- how
 
@@ -268,7 +298,8 @@ class Pipeline:
         self._decode = program(stages.decoded, (features, columns), 1)
 
     def _everywhere(self, tree: Any) -> Any:
-        return jax.device_put(tree, NamedSharding(self.meshes.stages, P()))
+        whole = NamedSharding(self.meshes.stages, P())
+        return put(tree, jax.tree.map(lambda _: whole, tree))
 
     def _feed(self, chunk: Chunk) -> Chunk:
         """The chunk on the first stage, zeros on the others, which do not listen."""
@@ -283,7 +314,7 @@ class Pipeline:
 
         return jax.tree.map(lead, chunk)
 
-    def _filled(self, chunk: Chunk | None, rows: int) -> Chunk:
+    def filled(self, chunk: Chunk | None, rows: int) -> Chunk:
         """The chunk with every field that the programs take, on the host."""
         fields: dict[str, Any] = {}
         for name, shape in vars(self.shapes.chunk).items():
@@ -314,3 +345,17 @@ def last(leaving: Array) -> Array:
     """The last stage's part of what left, on its device alone."""
     parts = {s.index[0].indices(len(leaving))[0]: s.data for s in leaving.addressable_shards}
     return parts[max(parts)]
+
+
+def put(tree: Any, places: Any) -> Any:
+    """`device_put`, also over several processes, each of which has equal arrays."""
+
+    def one(a: Any, place: NamedSharding) -> Array:
+        if place.is_fully_addressable or (isinstance(a, jax.Array) and a.sharding == place):
+            return jax.device_put(a, place)
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(a), place))
+        local = np.asarray(a)
+        return jax.make_array_from_callback(local.shape, place, lambda index: local[index])
+
+    return jax.tree.map(one, tree, places)
