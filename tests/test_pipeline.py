@@ -109,7 +109,7 @@ class Show:
         return self.pipe.start(self.model, given, context(session), key)
 
     def warm(self, state: stream.StreamState, session: int, block: int):
-        given = self.pipe._everywhere(self.pipe._filled(chunk(session, block), 1))
+        given = self.pipe._everywhere(self.pipe.filled(chunk(session, block), 1))
         bare = dataclasses.replace(state, decoder=None)
         with jax.set_mesh(self.pipe.meshes.stages):
             bare, leaving = self.pipe._warm(self.model.stages, bare, given)
@@ -261,7 +261,7 @@ def compiled(spec: str):
     show = Show(spec)
     pipe, model, state = show.pipe, show.model, show.state
     with jax.set_mesh(pipe.meshes.stages):
-        given = (model.stages, state.stages, state.flight, pipe._feed(pipe._filled(None, 1)))
+        given = (model.stages, state.stages, state.flight, pipe._feed(pipe.filled(None, 1)))
         return pipe, state, pipe._tick.lower(*given).compile()
 
 
