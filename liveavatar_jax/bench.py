@@ -26,6 +26,7 @@ from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.types import Array, LiveAvatarError
 
 COMPONENTS = ("audio", "prefill", "denoise", "decode", "block")
+PIPELINE = "pipeline"  # minutes, in processes of its own: only when asked for
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,32 @@ def bench(sizes: Sequence[str], only: Sequence[str] | None, repeats: int, file: 
 
     Raises LiveAvatarError for unknown names, and a file that cannot be written.
     """
-    chosen = list(only or COMPONENTS)
-    for name, known in [*((s, SIZES) for s in sizes), *((c, COMPONENTS) for c in chosen)]:
+    chosen, all_known = list(only or COMPONENTS), (*COMPONENTS, PIPELINE)
+    for name, known in [*((s, SIZES) for s in sizes), *((c, all_known) for c in chosen)]:
         if name not in known:
             raise LiveAvatarError(f"nothing called {name!r} to time; choose of {', '.join(known)}")
     if repeats < 1:
         raise LiveAvatarError(f"--repeats {repeats} must be at least 1")
-    rows = []
+    from liveavatar_jax import occupancy  # which times what is here
+
+    rows, occupied = [], []
     with tqdm(total=len(sizes) * len(chosen), leave=False, unit="component") as bar:
         for name in sizes:
             for component, run in _compiled(SIZES[name](), chosen):
                 bar.set_description(f"{name} {component}")
                 rows.append({"size": name, "component": component, **_time(run, repeats)})
                 bar.update()
-    report = {"machine": machine(), "repeats": repeats, "seconds": rows}
+            if PIPELINE in chosen:
+                bar.set_description(f"{name} {PIPELINE}")
+                occupied.append(occupancy.measure(name, repeats))
+                bar.update()
+    report = {"machine": machine(), "repeats": repeats, "seconds": rows, PIPELINE: occupied}
     if file is not None:
         try:
             file.write_text(json.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise LiveAvatarError(f"{file} cannot be written ({error.strerror})") from None
-    return _table(report)
+    return "\n".join([_table(report), *map(occupancy.table, occupied)])
 
 
 def machine() -> dict[str, Any]:
@@ -98,9 +105,9 @@ def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable
     cfg = size.model
     if "audio" in chosen:
         yield "audio", _speech(cfg.speech)
-    if set(chosen) <= {"audio"}:
+    if set(chosen) <= {"audio", PIPELINE}:
         return
-    avatar = _made_up(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
+    avatar = made_up(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
     dtype = cfg.stream.dtype
     reference = jnp.zeros((1, 1, size.height, size.width, cfg.dit.latent_channels), dtype)
     context = jnp.zeros((1, cfg.dit.text_len, cfg.dit.text_dim), dtype)
@@ -116,7 +123,7 @@ def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable
     yield from ((name, runs[name]) for name in COMPONENTS if name in chosen and name in runs)
 
 
-def _made_up(make: Callable[[], Any]) -> Any:
+def made_up(make: Callable[[], Any]) -> Any:
     """The module with small, varied weights: to compile its own random ones takes far longer."""
 
     def wave(leaf: jax.ShapeDtypeStruct) -> Array:
@@ -158,7 +165,7 @@ def _decode(model: stream.Avatar, state: stream.StreamState, flight: stream.InFl
 
 def _speech(cfg: SpeechConfig) -> Callable[[], Any]:
     """The speech features of one block of a live stream."""
-    encoder = _made_up(lambda: SpeechEncoder(cfg, rngs=nnx.Rngs(0)))
+    encoder = made_up(lambda: SpeechEncoder(cfg, rngs=nnx.Rngs(0)))
     window = SpeechWindow()
     samples = jnp.zeros((1, window.samples))
     return _thunk(window_features, encoder, samples, window.ask(0, Moments.prior()))
@@ -185,4 +192,5 @@ def _table(report: dict[str, Any]) -> str:
         f"{r['size']:8} {r['component']:10} {r['median']:10.4f} {r['min']:10.4f} {r['max']:10.4f}"
         for r in report["seconds"]
     ]
-    return "\n".join([", ".join(f"{k} {v}" for k, v in report["machine"].items()), head, *rows])
+    lines = [head, *rows] if rows else []
+    return "\n".join([", ".join(f"{k} {v}" for k, v in report["machine"].items()), *lines])
