@@ -77,7 +77,7 @@ class StreamState:
 
     cache: KVCache  # its ring leads with the denoising step, of size 1 at a fixed history level
     levels: Level  # leading axis: denoising step
-    text: KV  # "l b t n d", keys and values of the prompt
+    text: KV  # "l b n t d", keys and values of the prompt
     motion: Float[Array, "b m h w c"] | None  # for the prefill with the adaptive sink
     first: Float[Array, "b 1 h w c"]  # our own first latent frame, the adaptive sink
     past: Float[Array, "b a F layers c"] | None  # speech features before the next block
@@ -154,8 +154,8 @@ def start(
     sink = dit.prefill(reference, motion, text, layout)
     patches = (h // 2) * (w // 2)
     slots = cfg.ring_blocks * cfg.block_frames * patches
-    l, _, _, n, d = sink.k.shape
-    ring = jnp.zeros((cfg.rings, l, b, slots, n, d), dtype)
+    l, _, n, _, d = sink.k.shape
+    ring = jnp.zeros((cfg.rings, l, b, n, slots, d), dtype)
     if speakers is None:
         speakers = jnp.ones((b, 1, patches))
     if (speakers.shape[0], speakers.shape[2]) != (b, patches):

@@ -80,7 +80,7 @@ def test_streaming_matches_one_shot():
     sigma = jax.random.uniform(jax.random.key(9), (1, BLOCK * blocks))
     want = whole(dit(), x, sigma, reference, motion, text, audio)
     sink = prefill(dit(), reference, motion, text)
-    ring = jnp.zeros((1, CFG.layers, 1, blocks * BLOCK * PATCHES, CFG.heads, CFG.head_dim))
+    ring = jnp.zeros((1, CFG.layers, 1, CFG.heads, blocks * BLOCK * PATCHES, CFG.head_dim))
     cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
     for i in range(blocks):
         at = slice(BLOCK * i, BLOCK * (i + 1))
@@ -119,7 +119,7 @@ def test_audio_reaches_the_named_layers_and_no_others():
 
     def keys(audio):
         sink = prefill(dit(cfg), reference, motion, text)
-        ring = jnp.zeros((1, cfg.layers, 1, BLOCK * PATCHES, cfg.heads, cfg.head_dim))
+        ring = jnp.zeros((1, cfg.layers, 1, cfg.heads, BLOCK * PATCHES, cfg.head_dim))
         cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
         return one_block(dit(cfg), x, sigma, cache, text, audio, jnp.int32(0))[1].k
 
@@ -140,7 +140,7 @@ def test_audio_reaches_the_named_layers_and_no_others():
 def test_a_call_leaves_the_given_cache_alone():
     x, reference, motion, text, audio = given(BLOCK)
     sink = prefill(dit(), reference, motion, text)
-    ring = jnp.zeros((1, CFG.layers, 1, BLOCK * PATCHES, CFG.heads, CFG.head_dim))
+    ring = jnp.zeros((1, CFG.layers, 1, CFG.heads, BLOCK * PATCHES, CFG.head_dim))
     cache = KVCache(ring=KV(k=ring, v=ring), sink=sink)
     _, fresh = one_block(dit(), x, jnp.full((1, BLOCK), 0.5), cache, text, audio, jnp.int32(0))
     after = cache.append(fresh, 0, jnp.full(1, 0, jnp.int32), jnp.ones(1, bool))

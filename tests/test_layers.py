@@ -37,7 +37,7 @@ def test_timesteps_between_integers_are_exact():
 
 
 def test_products_of_rotated_vectors_depend_on_the_distance_only():
-    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 2, 24)).astype(np.float32)
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 2, 1, 24)).astype(np.float32)
 
     def product(a, b):
         turned = []

@@ -174,7 +174,7 @@ def test_a_block_sees_the_three_before_it_and_nothing_else(block, seen):
     drawn = stream.draw(model, state)
     _, want = denoise(model, state, drawn, chunk(0))
     for slot in range(FIXED.ring_blocks):
-        at = (..., slice(48 * slot, 48 * slot + 48), slice(None), slice(None))
+        at = (..., slice(48 * slot, 48 * slot + 48), slice(None))
         ring = jax.tree.map(lambda a, at=at: a.at[at].add(1.0), state.cache.ring)
         other = dataclasses.replace(state, cache=KVCache(ring=ring, sink=state.cache.sink))
         _, x = denoise(model, other, drawn, chunk(0))
@@ -213,8 +213,8 @@ def test_history_at_a_fixed_level_is_a_forward_at_that_level(level):
     assert len(after.cache.ring.k) == 1
     again = (1 - level) * x + level * drawn.renoise
     _, fresh = forward_at(model.dit, level, again, chunk(0).audio, state, drawn.distance[:, -1])
-    close(after.cache.ring.k[0][:, :, :48], fresh.k)
-    close(after.cache.ring.v[0][:, :, :48], fresh.v)
+    close(after.cache.ring.k[0][..., :48, :], fresh.k)
+    close(after.cache.ring.v[0][..., :48, :], fresh.v)
     own, _ = roll(avatar(), started(avatar()), 2)
     fixed, _ = roll(model, started(model), 2)
     close(own[0], fixed[0])  # the first block has no history
@@ -301,7 +301,7 @@ def test_bfloat16_stays_near_float32():
 def test_a_ring_that_does_not_hold_whole_blocks_is_refused():
     model = avatar()
     state = started(model)
-    cut = jax.tree.map(lambda a: a[..., :100, :, :], state.cache.ring)
+    cut = jax.tree.map(lambda a: a[..., :100, :], state.cache.ring)
     state = dataclasses.replace(state, cache=KVCache(ring=cut, sink=state.cache.sink))
     with pytest.raises(LiveAvatarError, match="cannot hold whole blocks"):
         jax.eval_shape(stream.denoise, model, state, stream.draw(model, state), chunk(0))
@@ -317,7 +317,7 @@ def test_a_condition_cache_of_any_size_fits():
         return model.dit.prefill(reference, motion, model.dit.text(jnp.zeros((1, 1, 48))))
 
     shape = jax.eval_shape(sink, jax.ShapeDtypeStruct((1, *big.shape), jnp.float32)).k.shape
-    assert shape[2] == 6400 + 6400 + 1600 + 1600
+    assert shape[3] == 6400 + 6400 + 1600 + 1600
 
 
 def test_a_float32_picture_opens_a_bfloat16_stream():

@@ -1,4 +1,8 @@
-"""Attention, its projections, and the cache that a stream keeps per denoising step."""
+"""Attention, its projections, and the cache that a stream keeps per denoising step.
+
+What attention reads has the heads before the tokens, "b n s d", in the cache as well: kernels
+work a head at a time, and of any other order the compiler would turn a whole ring round first.
+"""
 
 import functools
 import math
@@ -19,12 +23,12 @@ _ROWS = 512  # queries handled at once on a CPU
 class KV:
     """Keys and values; of one layer, or of all with a leading l."""
 
-    k: Float[Array, "*l b s n d"]
-    v: Float[Array, "*l b s n d"]
+    k: Float[Array, "*l b n s d"]
+    v: Float[Array, "*l b n s d"]
 
     @property
     def tokens(self) -> int:
-        return self.k.shape[-3]
+        return self.k.shape[-2]
 
 
 @struct
@@ -36,8 +40,8 @@ class KVCache:
     tokens with unrotated keys, for they roll along; they know no level, so all steps share them.
     """
 
-    ring: KV  # "step l b s n d"
-    sink: KV  # "l b t n d"
+    ring: KV  # "step l b n s d"
+    sink: KV  # "l b n t d"
 
     def append(
         self,
@@ -46,7 +50,7 @@ class KVCache:
         block: Int[Array, " b"],
         live: Bool[Array, " b"],
     ) -> "KVCache":
-        """`fresh` ("l b t n d") takes the slot of each live row's oldest block at that step.
+        """`fresh` ("l b n t d") takes the slot of each live row's oldest block at that step.
 
         `block` were seen before. Written row by row into place, so that a donated ring is
         never held twice.
@@ -55,7 +59,7 @@ class KVCache:
 
         def write(ring: Array, new: Array) -> Array:
             for row in range(len(block)):
-                at = (step, 0, row, block[row] % slots * t, 0, 0)
+                at = (step, 0, row, 0, block[row] % slots * t, 0)
                 some = new[None, :, row : row + 1]
                 old = jax.lax.dynamic_slice(ring, at, some.shape)
                 some = jnp.where(live[row], some.astype(ring.dtype), old)
@@ -81,28 +85,28 @@ def slots_of(ring: KV, fresh: KV) -> int:
 
 
 def overwrite(ring: KV, fresh: KV, block: Int[Array, " b"]) -> KV:
-    """One layer's ring ("b s n d") with block number `block` of every row in its slot.
+    """One layer's ring ("b n s d") with block number `block` of every row in its slot.
 
     By selection, which fuses into whatever reads the ring next.
     """
     slots = slots_of(ring, fresh)
-    own = (jnp.arange(slots)[None] == block[:, None] % slots)[:, :, None, None, None]
+    own = (jnp.arange(slots)[None] == block[:, None] % slots)[:, None, :, None, None]
 
     def select(old: Array, new: Array) -> Array:
-        slotted = rearrange(old, "b (s t) n d -> b s t n d", s=slots)
-        slotted = jnp.where(own, new[:, None].astype(old.dtype), slotted)
-        return rearrange(slotted, "b s t n d -> b (s t) n d")
+        slotted = rearrange(old, "b n (s t) d -> b n s t d", s=slots)
+        slotted = jnp.where(own, new[:, :, None].astype(old.dtype), slotted)
+        return rearrange(slotted, "b n s t d -> b n (s t) d")
 
     return KV(k=select(ring.k, fresh.k), v=select(ring.v, fresh.v))
 
 
 def attention(
-    q: Float[Array, "b t n d"],
-    k: Float[Array, "b s n d"],
-    v: Float[Array, "b s n d"],
+    q: Float[Array, "b n t d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
     length: Int[Array, " b"] | None = None,
     implementation: str = "auto",
-) -> Float[Array, "b t n d"]:
+) -> Float[Array, "b n t d"]:
     """Softmax attention over each row's first `length` keys (all, if None), softmax in float32.
 
     `implementation`: "chunked" (any device), "cudnn" (NVIDIA, 16-bit inputs), "pallas" (TPU),
@@ -117,21 +121,21 @@ def attention(
 
 
 def _chunked(
-    q: Float[Array, "b t n d"],
-    k: Float[Array, "b s n d"],
-    v: Float[Array, "b s n d"],
+    q: Float[Array, "b n t d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
     length: Int[Array, " b"] | None,
-) -> Float[Array, "b t n d"]:
+) -> Float[Array, "b n t d"]:
     """One head and at most `_ROWS` queries at a time.
 
     XLA's CPU back end runs a batched product several times slower than a plain one, and the
     whole score matrix would leave the cache (and, at 14B, the memory).
     """
-    b, t, n, d = q.shape
+    b, n, t, d = q.shape
     rows = math.ceil(t / math.ceil(t / _ROWS))
-    padding = ((0, 0), (0, -t % rows), (0, 0), (0, 0))
-    queries = rearrange(jnp.pad(q * d**-0.5, padding), "b (i t) n d -> (b n) i t d", t=rows)
-    seen = jnp.full(b * n, k.shape[1]) if length is None else jnp.repeat(length, n)
+    padding = ((0, 0), (0, 0), (0, -t % rows), (0, 0))
+    queries = rearrange(jnp.pad(q * d**-0.5, padding), "b n (i t) d -> (b n) i t d", t=rows)
+    seen = jnp.full(b * n, k.shape[2]) if length is None else jnp.repeat(length, n)
 
     def one_head(head: tuple[Array, Array, Array, Array]) -> Array:
         q, k, v, seen = head
@@ -145,54 +149,55 @@ def _chunked(
 
         return jax.lax.map(some_rows, q) if len(q) > 1 else some_rows(q[0])[None]
 
-    keys, values = (rearrange(a, "b s n d -> (b n) s d") for a in (k, v))
+    keys, values = (rearrange(a, "b n s d -> (b n) s d") for a in (k, v))
     y = jax.lax.map(one_head, (queries, keys, values, seen))
-    return rearrange(y, "(b n) i t d -> b (i t) n d", b=b)[:, :t]
+    return rearrange(y, "(b n) i t d -> b n (i t) d", b=b)[:, :, :t]
 
 
 def _cudnn(
-    q: Float[Array, "b t n d"],
-    k: Float[Array, "b s n d"],
-    v: Float[Array, "b s n d"],
+    q: Float[Array, "b n t d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
     length: Int[Array, " b"] | None,
-) -> Float[Array, "b t n d"]:
-    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="cudnn")
-    return cast(Array, y)
+) -> Float[Array, "b n t d"]:
+    """Each head is a row of the batch: JAX takes heads behind the tokens, and so none moves."""
+    b, n = q.shape[:2]
+    q, k, v = (rearrange(a, "b n s d -> (b n) s 1 d") for a in (q, k, v))
+    seen = None if length is None else jnp.repeat(length, n)
+    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=seen, implementation="cudnn")
+    return rearrange(cast(Array, y), "(b n) t 1 d -> b n t d", b=b)
 
 
 def _pallas(
-    q: Float[Array, "b t n d"],
-    k: Float[Array, "b s n d"],
-    v: Float[Array, "b s n d"],
+    q: Float[Array, "b n t d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
     length: Int[Array, " b"] | None,
-) -> Float[Array, "b t n d"]:
+) -> Float[Array, "b n t d"]:
     """The TPU flash kernel; it wants whole tiles, and hides keys by segment."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    b, t, s = len(q), q.shape[1], k.shape[1]
+    b, t, s = len(q), q.shape[2], k.shape[2]
     tile = 128
-    q, k, v = (
-        jnp.pad(a, ((0, 0), (0, -a.shape[1] % tile), (0, 0), (0, 0))).swapaxes(1, 2)
-        for a in (q, k, v)
-    )
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % tile), (0, 0))) for a in (q, k, v))
     length = jnp.full(b, s) if length is None else length
     seen = jnp.arange(k.shape[2])[None] < length[:, None]
     segments = flash.SegmentIds(q=jnp.ones((b, q.shape[2]), jnp.int32), kv=seen.astype(jnp.int32))
     y = flash.flash_attention(q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5)
-    return y.swapaxes(1, 2)[:, :t]
+    return y[:, :, :t]
 
 
 def _plain(
-    q: Float[Array, "b t n d"],
-    k: Float[Array, "b s n d"],
-    v: Float[Array, "b s n d"],
+    q: Float[Array, "b n t d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
     length: Int[Array, " b"] | None,
-) -> Float[Array, "b t n d"]:
+) -> Float[Array, "b n t d"]:
     """The textbook formula, for a handful of keys."""
     assert length is None
-    score = jnp.einsum("btnd,bsnd->btns", q * q.shape[-1] ** -0.5, k)
+    score = jnp.einsum("bntd,bnsd->bnts", q * q.shape[-1] ** -0.5, k)
     weight = jax.nn.softmax(score.astype(jnp.float32), axis=-1).astype(v.dtype)
-    return jnp.einsum("btns,bsnd->btnd", weight, v)
+    return jnp.einsum("bnts,bnsd->bntd", weight, v)
 
 
 _IMPLEMENTATIONS = {"chunked": _chunked, "cudnn": _cudnn, "pallas": _pallas, "plain": _plain}
@@ -202,7 +207,7 @@ class Layout:
     """Where the arrays of a forward lie: here, on one device. `parallel` knows of others.
 
     Between attentions tokens are "b f p dim"; a layout may part them over devices, padded to
-    `p'` a frame. Attention wants all tokens of some heads, "b t n d" without padding.
+    `p'` a frame. Attention wants all tokens of some heads, "b n t d" without padding.
     """
 
     def split(self, x: Float[Array, "b f p dim"]) -> Float[Array, "b f pp dim"]:
@@ -213,25 +218,25 @@ class Layout:
         """The inverse of `split`."""
         return x[:, :, :p]
 
-    def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b t n d"]:
+    def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b n t d"]:
         """All tokens of this device's heads."""
-        return rearrange(x[:, :, :p], "b f p n d -> b (f p) n d")
+        return rearrange(x[:, :, :p], "b f p n d -> b n (f p) d")
 
     def scatter(
-        self, x: Float[Array, "b t n d"], f: int, padded: int
+        self, x: Float[Array, "b n t d"], f: int, padded: int
     ) -> Float[Array, "b f pp n d"]:
         """The inverse of `gather`."""
-        x = rearrange(x, "b (f p) n d -> b f p n d", f=f)
+        x = rearrange(x, "b n (f p) d -> b f p n d", f=f)
         return jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[2]), (0, 0), (0, 0)))
 
     def attention(
         self,
-        q: Float[Array, "b t n d"],
-        k: Float[Array, "b s n d"],
-        v: Float[Array, "b s n d"],
+        q: Float[Array, "b n t d"],
+        k: Float[Array, "b n s d"],
+        v: Float[Array, "b n s d"],
         length: Int[Array, " b"] | None,
         implementation: str,
-    ) -> Float[Array, "b t n d"]:
+    ) -> Float[Array, "b n t d"]:
         """`attention`, each device over its heads."""
         return attention(q, k, v, length, implementation)
 
@@ -239,8 +244,8 @@ class Layout:
         self, q: Float[Array, "b f pp n d"], k: Array, v: Array, implementation: str
     ) -> Float[Array, "b f pp n d"]:
         """Attention to a few keys that no level and no block changes, each device its tokens."""
-        y = attention(rearrange(q, "b f p n d -> b (f p) n d"), k, v, None, implementation)
-        return rearrange(y, "b (f p) n d -> b f p n d", f=q.shape[1])
+        y = attention(rearrange(q, "b f p n d -> b n (f p) d"), k, v, None, implementation)
+        return rearrange(y, "b n (f p) d -> b f p n d", f=q.shape[1])
 
 
 ONE_DEVICE = Layout()
@@ -260,16 +265,24 @@ class Attention(nnx.Module):
     def query(self, x: Float[Array, "*b t dim"]) -> Float[Array, "*b t n d"]:
         return self._split(self.norm_q(self.q(x)))
 
-    def keys_values(self, x: Float[Array, "*b s dim"]) -> KV:
-        return KV(k=self._split(self.norm_k(self.k(x))), v=self._split(self.v(x)))
+    def keys(self, x: Float[Array, "*b s dim"]) -> Float[Array, "*b s n d"]:
+        return self._split(self.norm_k(self.k(x)))
+
+    def values(self, x: Float[Array, "*b s dim"]) -> Float[Array, "*b s n d"]:
+        return self._split(self.v(x))
+
+    def context(self, x: Float[Array, "b s dim"]) -> KV:
+        """Keys and values, as attention reads them."""
+        return KV(k=self.keys(x).swapaxes(1, 2), v=self.values(x).swapaxes(1, 2))
 
     def out(self, y: Float[Array, "*b t n d"]) -> Float[Array, "*b t dim"]:
         return self.o(rearrange(y, "... n d -> ... (n d)"))
 
     def __call__(self, x: Float[Array, "b t dim"], context: KV) -> Float[Array, "b t dim"]:
-        """Cross-attention to keys and values made before."""
-        y = attention(self.query(x), context.k, context.v, implementation=self.implementation)
-        return self.out(y)
+        """Cross-attention to the `context` of other tokens."""
+        q = self.query(x).swapaxes(1, 2)
+        y = attention(q, context.k, context.v, implementation=self.implementation)
+        return self.out(y.swapaxes(1, 2))
 
     def _split(self, x: Float[Array, "*b t dim"]) -> Float[Array, "*b t n d"]:
         return rearrange(x, "... (n d) -> ... n d", n=self.heads)

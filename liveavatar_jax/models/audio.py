@@ -98,7 +98,7 @@ class Injector(nnx.Module):
     ) -> Float[Array, "b f p dim"]:
         """Adds what every speaker's audio says where `mask` lets it; background hears all."""
         frames = x.shape[1]
-        heard = self.attn.keys_values(rearrange(audio.local, "b a f k dim -> (b a f) k dim"))
+        heard = self.attn.context(rearrange(audio.local, "b a f k dim -> (b a f) k dim"))
         y = self.attn(rearrange(self.adapt(x, audio), "b a f p dim -> (b a f) p dim"), heard)
         y = rearrange(y, "(b a f) p dim -> b a f p dim", b=len(x), f=frames)
         return x + jnp.sum(y * mask[..., None].astype(y.dtype), axis=1)

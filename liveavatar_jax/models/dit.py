@@ -44,7 +44,7 @@ from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct
 PATCH = (1, 2, 2)
 NOISE, REFERENCE, MOTION = range(3)  # rows of the type embedding
 
-# (memory of the layer, q, k, v: "b t n d") -> (y, what to keep)
+# (memory of the layer, q, k, v: "b n t d") -> (y, what to keep)
 Attend = Callable[..., tuple[Array, Any]]
 
 
@@ -82,9 +82,9 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(level, 6, axis=2)
 
         h = modulate(x, shift1, scale1)
-        kv = self.self_attn.keys_values(h)
-        y, kept = attend(self.self_attn.query(h), kv.k, kv.v)
-        x = gated(x, gate1, self.self_attn.out(y))
+        own = self.self_attn
+        y, kept = attend(own.query(h), own.keys(h), own.values(h))
+        x = gated(x, gate1, own.out(y))
 
         y = cross(self.cross_attn.query(self.cross_norm(x)))
         x = x + self.cross_attn.out(y)
@@ -141,7 +141,7 @@ class CausalDiT(nnx.Module):
     # ---- what a session or a noise level needs once
 
     def text(self, context: Float[Array, "b t k"]) -> KV:
-        """Keys and values of every layer ("l b t n d") for the rows of the text encoder.
+        """Keys and values of every layer ("l b n t d") for the rows of the text encoder.
 
         Rows up to `text_len` are zeros, and attended to, as published. Raises LiveAvatarError
         when there are more rows than that, or of another width.
@@ -154,7 +154,7 @@ class CausalDiT(nnx.Module):
             )
         x = jnp.pad(context, ((0, 0), (0, missing), (0, 0)))
         x = self.text_out(jax.nn.gelu(self.text_in(x), approximate=True))
-        return jax.vmap(lambda block: block.cross_attn.keys_values(x))(self.blocks)
+        return jax.vmap(lambda block: block.cross_attn.context(x))(self.blocks)
 
     def level(self, sigma: Float[Array, "b f"]) -> Level:
         """Time embedding and modulation of each frame's noise level, in float32 throughout."""
@@ -172,7 +172,7 @@ class CausalDiT(nnx.Module):
         text: KV,
         layout: Layout = ONE_DEVICE,
     ) -> KV:
-        """The condition sink: unrotated keys and values ("l b t n d") of reference and motion."""
+        """The condition sink: unrotated keys and values ("l b n t d") of reference and motion."""
         kinds = self.type_embedding[...].astype(reference.dtype)[:, None, None]
         x = self.patch(patchify(reference, PATCH)) + kinds[REFERENCE]
         if motion is not None:
@@ -229,8 +229,8 @@ class CausalDiT(nnx.Module):
             ring = jax.tree.map(lambda a: a[step, layer], cache.ring)
             fresh = KV(k=rotate(k, turn), v=v)
             ring = overwrite(ring, fresh, block)
-            keys = jnp.concatenate([rotate(sink.k, sink_turn), ring.k], axis=1)
-            values = jnp.concatenate([sink.v, ring.v], axis=1)
+            keys = jnp.concatenate([rotate(sink.k, sink_turn), ring.k], axis=2)
+            values = jnp.concatenate([sink.v, ring.v], axis=2)
             q = rotate(q, turn)
             return layout.attention(q, keys, values, seen, self.cfg.attention), fresh
 
@@ -268,14 +268,15 @@ class CausalDiT(nnx.Module):
 
         def attend(sink: KV, q: Array, k: Array, v: Array) -> tuple[Array, None]:
             q = rotate(q, turn)
-            keys = jnp.concatenate([rotate(sink.k, sink_turn), rotate(k, turn)], axis=1)
-            values = jnp.concatenate([sink.v, v], axis=1)
+            keys = jnp.concatenate([rotate(sink.k, sink_turn), rotate(k, turn)], axis=2)
+            values = jnp.concatenate([sink.v, v], axis=2)
             parts = []
-            for start in range(0, q.shape[1], step):
+            for start in range(0, q.shape[2], step):
                 seen = sink.tokens + start + step
-                some = (q[:, start : start + step], keys[:, :seen], values[:, :seen])
+                at = slice(start, start + step)
+                some = (q[:, :, at], keys[:, :, :seen], values[:, :, :seen])
                 parts.append(attention(*some, None, self.cfg.attention))
-            return jnp.concatenate(parts, axis=1), None
+            return jnp.concatenate(parts, axis=2), None
 
         x, _ = self._trunk(x, level.blocks, text, attend, sink, audio, speakers)
         return self._unpatchify(self.head(x, level.head), h, w)

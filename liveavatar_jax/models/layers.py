@@ -146,11 +146,11 @@ def grid_phase(
     return Phase(cos=spread("cos"), sin=spread("sin"))
 
 
-def rotate(x: Float[Array, "b t n d"], by: Phase) -> Float[Array, "b t n d"]:
+def rotate(x: Float[Array, "b n t d"], by: Phase) -> Float[Array, "b n t d"]:
     """Rotary embedding: channels (2j, 2j + 1) of every head turn by the token's phase j."""
     pair = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     re, im = pair[..., 0], pair[..., 1]
-    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
+    cos, sin = by.cos[:, None], by.sin[:, None]
     turned = jnp.stack([re * cos - im * sin, im * cos + re * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 

@@ -36,13 +36,13 @@ WEIGHTS: Table = (
 # Heads; those of the prompt are whole along `sequence`, for each part of the tokens needs all.
 HEADS = (TENSOR, SEQUENCE)
 STATE: Table = (
-    (r"cache\.(ring|sink)\.[kv]", (HEADS, None)),
-    (r"text\.[kv]", (TENSOR, None)),
+    (r"cache\.(ring|sink)\.[kv]", (HEADS, None, None)),
+    (r"text\.[kv]", (TENSOR, None, None)),
 )
 # A stream that is not in the pipeline yet: the heads of every step's ring over all stages, or,
 # where they do not divide, each step's ring on its stage.
-OPENING: Table = ((r"cache\.ring\.[kv]", ((TENSOR, STAGE, SEQUENCE), None)), *STATE)
-STEPWISE: Table = ((r"cache\.ring\.[kv]", (STAGE, None, None, None, HEADS, None)), *STATE)
+OPENING: Table = ((r"cache\.ring\.[kv]", ((TENSOR, STAGE, SEQUENCE), None, None)), *STATE)
+STEPWISE: Table = ((r"cache\.ring\.[kv]", (STAGE, None, None, HEADS, None, None)), *STATE)
 COLUMNS: Table = ((r"", (VAE, None)),)  # of latents, features and frames alike
 
 
@@ -88,11 +88,11 @@ class Parted(Layout):
     def join(self, x: Float[Array, "b f pp k"], p: int) -> Float[Array, "b f p k"]:
         return super().join(_pin(x), p)
 
-    def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b t n d"]:
+    def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b n t d"]:
         return super().gather(_pin(self._by_token(x), None, None, None, self.heads), p)
 
     def scatter(
-        self, x: Float[Array, "b t n d"], f: int, padded: int
+        self, x: Float[Array, "b n t d"], f: int, padded: int
     ) -> Float[Array, "b f pp n d"]:
         return self._by_token(_pin(super().scatter(x, f, padded), None, None, None, self.heads))
 
@@ -101,13 +101,13 @@ class Parted(Layout):
 
     def attention(
         self,
-        q: Float[Array, "b t n d"],
-        k: Float[Array, "b s n d"],
-        v: Float[Array, "b s n d"],
+        q: Float[Array, "b n t d"],
+        k: Float[Array, "b n s d"],
+        v: Float[Array, "b n s d"],
         length: Int[Array, " b"] | None,
         implementation: str,
-    ) -> Float[Array, "b t n d"]:
-        own = P(None, None, self.heads)
+    ) -> Float[Array, "b n t d"]:
+        own = P(None, self.heads)
         if length is None:
             run = lambda q, k, v: attention(q, k, v, None, implementation)
             return self._on(self.heads, (own,) * 3, own)(run)(q, k, v)
@@ -117,7 +117,7 @@ class Parted(Layout):
     def cross(
         self, q: Float[Array, "b f pp n d"], k: Array, v: Array, implementation: str
     ) -> Float[Array, "b f pp n d"]:
-        own, keys = P(None, None, self.tokens, TENSOR), P(None, None, TENSOR)
+        own, keys = P(None, None, self.tokens, TENSOR), P(None, TENSOR)
         run = lambda q, k, v: Layout().cross(q, k, v, implementation)
         return self._on((*self.tokens, TENSOR), (own, keys, keys), own)(run)(q, k, v)
 

@@ -83,6 +83,11 @@ def published(x: jnp.ndarray) -> np.ndarray:
     return np.asarray(x)[0].transpose(3, 0, 1, 2)
 
 
+def by_head(x) -> jnp.ndarray:
+    """Published heads [b tokens n d] in our order [b n tokens d]; and the other way round."""
+    return jnp.asarray(x).swapaxes(-3, -2)
+
+
 def features(x: np.ndarray) -> jnp.ndarray:
     """Published speech features [a layers c F] as [1 a F layers c]."""
     return jnp.asarray(x.transpose(0, 3, 1, 2))[None]

@@ -15,7 +15,7 @@ from liveavatar_jax.models.dit import PATCH, Level
 from liveavatar_jax.models.layers import Phase, rotate
 from liveavatar_jax.weights import files, rules, wan
 
-from .conftest import after_repeats, features, latents, part, published
+from .conftest import after_repeats, by_head, features, latents, part, published
 
 
 def pair(turn: Phase) -> np.ndarray:
@@ -46,7 +46,7 @@ def sink(dit, common, text) -> KV:
 def empty(dit, common, sink):
     side = common.sidecar
     slots = side["kv_cache_frames"] * side["latent_size"]["tokens_per_frame"]
-    ring = jnp.zeros((1, dit.cfg.layers, 1, slots, dit.cfg.heads, dit.cfg.head_dim))
+    ring = jnp.zeros((1, dit.cfg.layers, 1, dit.cfg.heads, slots, dit.cfg.head_dim))
     return KVCache(ring=KV(k=ring, v=ring), sink=sink)
 
 
@@ -153,7 +153,7 @@ def test_rotary_tables(dit, common, parts):
             turn = dit._turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
             parts.check(name, pair(turn))
             if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
-                parts.check(rotated, rotate(jnp.asarray(parts["in.rope.q"]), turn))
+                parts.check(rotated, by_head(rotate(by_head(parts["in.rope.q"]), turn)))
         if name.startswith("rope.cond.roll") and name.endswith(".table"):
             roll = int(name.split(".")[2].removeprefix("roll"))
             turn = condition_phase(
@@ -164,7 +164,7 @@ def test_rotary_tables(dit, common, parts):
             )
             parts.check(name, pair(turn))
             if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
-                parts.check(rotated, rotate(jnp.asarray(parts["in.rope.cond_q"]), turn))
+                parts.check(rotated, by_head(rotate(by_head(parts["in.rope.cond_q"]), turn)))
 
 
 def layer(stack, i):
@@ -182,15 +182,15 @@ def test_one_block(dit, common, parts, text):
     sink_turn = condition_phase(
         size["rows"], size["cols"], roll=jnp.full(1, roll, jnp.int32), head_dim=dit.cfg.head_dim
     )
-    past = [jnp.asarray(parts[f"block.{n}"]) for n in ("hist_k", "hist_v", "cond_k", "cond_v")]
+    past = [by_head(parts[f"block.{n}"]) for n in ("hist_k", "hist_v", "cond_k", "cond_v")]
     seen = {}
 
     def attend(*qkv):
-        q, k, v = (a.reshape(1, tokens, *a.shape[3:]) for a in qkv)
+        q, k, v = (by_head(a.reshape(1, tokens, *a.shape[3:])) for a in qkv)
         k = rotate(k, turn)
-        keys = jnp.concatenate([past[0], k, rotate(past[2], sink_turn)], axis=1)
-        values = jnp.concatenate([past[1], v, past[3]], axis=1)
-        y = attention(rotate(q, turn), keys, values)
+        keys = jnp.concatenate([past[0], k, rotate(past[2], sink_turn)], axis=2)
+        values = jnp.concatenate([past[1], v, past[3]], axis=2)
+        y = by_head(attention(rotate(q, turn), keys, values))
         seen["self_attn"] = block.self_attn.o(y.reshape(1, tokens, -1))
         return y.reshape(qkv[0].shape), KV(k=k, v=v)
 
@@ -202,8 +202,8 @@ def test_one_block(dit, common, parts, text):
     level = levels(dit, np.full((1, frames), parts["time.t"][1]))
     out, fresh = block(x, level.blocks, attend, cross)
     parts.check("block.self_attn", seen["self_attn"])
-    parts.check("block.new_k", fresh.k)
-    parts.check("block.new_v", fresh.v)
+    parts.check("block.new_k", by_head(fresh.k))
+    parts.check("block.new_v", by_head(fresh.v))
     parts.check("block.out", out.reshape(1, tokens, -1))
 
 
@@ -233,8 +233,8 @@ def test_head(dit, common, parts):
 def test_sink_prefill(dit, fixture, sink):
     want = fixture("dit_sink")
     for i in range(dit.cfg.layers):
-        want.check(f"cond_k.layer{i}", sink.k[i])
-        want.check(f"cond_v.layer{i}", sink.v[i])
+        want.check(f"cond_k.layer{i}", by_head(sink.k[i]))
+        want.check(f"cond_v.layer{i}", by_head(sink.v[i]))
     assert (want["cond_end"] == sink.tokens).all()
 
 
@@ -249,7 +249,7 @@ def test_denoise_first_next_rolled_and_far_blocks(dit, fixture, common, text, em
         """Whatever the fixture has of these keys and values, by layer."""
         for name in want.tensors:
             if at := re.fullmatch(rf"cache_{stage}_?block{block}\.([kv])\.layer(\d+)", name):
-                want.check(name, getattr(keys, at[1])[int(at[2])])
+                want.check(name, by_head(getattr(keys, at[1])[int(at[2])]))
                 checked.add(name)
 
     main, *_ = want.sidecar["calls"]["relative_dist"]

@@ -11,14 +11,14 @@ from flax import nnx
 
 from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig, StreamConfig, VAEConfig
-from liveavatar_jax.generate import load_avatar
 from liveavatar_jax.models.vae import VAE
+from liveavatar_jax.player import load_avatar
 from liveavatar_jax.weights import rules
 from liveavatar_jax.weights.checkpoint import load_config
 from liveavatar_jax.weights.convert import convert
 from liveavatar_jax.weights.vae import VAE_RULES
 
-from .conftest import features, latents, part, published
+from .conftest import by_head, features, latents, part, published
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_rollout_with_adaptive_sink(avatar, fixture, started):
             continue
         for name in want.tensors:
             if at := re.fullmatch(r"cond_k\.clip(\d+)\.layer(\d+)", name):
-                want.check(name, sinks[int(at[1])].k[int(at[2])])
+                want.check(name, by_head(sinks[int(at[1])].k[int(at[2])]))
 
 
 def test_step_by_step(avatar, fixture, started):
