@@ -103,7 +103,7 @@ def generate(request: Request) -> Report:
             stack.enter_context(video)
         cfg = checkpoint.load_config(request.weights)
         cfg = replace(cfg, stream=_policy(cfg, request))
-        spec = _mesh(request, cfg, height // 8, width // 8)
+        spec = _mesh(request, cfg, width // 8)
         precision = "highest" if cfg.stream.dtype == "float32" else None
         stack.enter_context(jax.default_matmul_precision(precision))
         context = encode_prompt(request.weights, cfg, request.prompt)
@@ -132,7 +132,7 @@ def _policy(cfg: ModelConfig, request: Request):
     return replace(cfg.stream, dtype=dtype, steps=request.steps or cfg.stream.steps)
 
 
-def _mesh(request: Request, cfg: ModelConfig, height: int, width: int) -> MeshSpec | None:
+def _mesh(request: Request, cfg: ModelConfig, width: int) -> MeshSpec | None:
     """The mesh, before anything large is read for it."""
     if request.mesh is None:
         if jax.process_count() > 1:
@@ -143,7 +143,7 @@ def _mesh(request: Request, cfg: ModelConfig, height: int, width: int) -> MeshSp
             raise LiveAvatarError("--warm is for a mesh; add --mesh stage=4,vae=1, for example")
         return None
     spec = MeshSpec.parse(request.mesh)
-    spec.check(cfg, height, width)
+    spec.check(cfg, width)
     make(spec, width)
     if request.warm and cfg.dit.heads % spec.stage_devices:
         raise LiveAvatarError(

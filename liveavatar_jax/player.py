@@ -120,6 +120,7 @@ class OnMesh:
             yield from pixels(early)
             early = clip
         state = pipe.insert(pipe.empty(), session, 0)
+        del session  # its rings are as large as the pipeline's
         yield from pixels(early)
         ahead: deque[tuple[Array, Clip | None]] = deque()
 

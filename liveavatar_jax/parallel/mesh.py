@@ -66,8 +66,9 @@ class MeshSpec:
         """Devices of one stage."""
         return self.tensor * self.sequence
 
-    def check(self, cfg: ModelConfig, height: int, width: int) -> None:
-        """Refuses what does not divide, by name; `height` and `width` are those of the latents."""
+    def check(self, cfg: ModelConfig, width: int, rows: int = 1) -> None:
+        """Refuses what does not divide, by name; `width` is that of the latents, `rows` the
+        streams at once."""
         steps, heads, ffn = cfg.stream.steps, cfg.dit.heads, cfg.dit.ffn_dim
         if cfg.stream.history is not None:
             raise LiveAvatarError(
@@ -87,10 +88,11 @@ class MeshSpec:
             )
         if ffn % self.tensor:
             raise LiveAvatarError(f"tensor = {self.tensor} does not divide the {ffn} of ffn_dim")
-        if self.vae > 1 and width % self.vae:
+        if self.vae > 1 and width % self.vae and rows % self.vae:
             raise LiveAvatarError(
                 f"vae = {self.vae} does not divide the {width} latent columns of the picture (a "
-                f"latent is 8 pixels; {height} rows); choose another --size or vae"
+                f"latent is 8 pixels), nor the streams (at once: {rows}); choose another --size or "
+                "vae"
             )
 
 

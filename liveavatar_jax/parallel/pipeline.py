@@ -30,16 +30,17 @@ from liveavatar_jax.models.attention import ONE_DEVICE, Layout
 from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.vae import FeatureCache
 from liveavatar_jax.parallel import mesh, stages
-from liveavatar_jax.parallel.mesh import SEQUENCE, STAGE, TENSOR, VAE, MeshSpec
+from liveavatar_jax.parallel.mesh import AXES, SEQUENCE, STAGE, TENSOR, VAE, MeshSpec
 from liveavatar_jax.parallel.sharding import (
-    COLUMNS,
     HEADS,
     OPENING,
     STATE,
     STEPWISE,
     WEIGHTS,
     Parted,
+    of_decoder,
     shardings,
+    spec_of,
 )
 from liveavatar_jax.stream import Avatar, Chunk, InFlight, Portrait, StreamState
 from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError, UInt8, struct
@@ -98,7 +99,7 @@ class Pipeline:
         poses: bool = False,
         devices: Sequence[jax.Device] | None = None,
     ):
-        spec.check(cfg, height, width)
+        spec.check(cfg, width, rows)
         self.cfg, self.spec, self.rows = cfg, spec, rows
         self.meshes = mesh.make(spec, width, devices)
         self.layout: Layout = ONE_DEVICE
@@ -146,8 +147,10 @@ class Pipeline:
 
     def portrait(self, model: Placed, picture: Float[Any, "b H W 3"]) -> Portrait:
         """`stream.encode_portrait` on the decoder's devices."""
-        columns = NamedSharding(self.meshes.vae, P(None, None, VAE))
-        return self._portrait(model.decoder, jax.device_put(picture, columns))
+        vae, width = self.meshes.vae, self.shapes.session.first.shape[3]
+        columns = P(None, None, VAE) if width % vae.size == 0 else P()
+        given = jax.device_put(picture, NamedSharding(vae, columns))
+        return self._portrait(model.decoder, given)
 
     def start(
         self,
@@ -163,6 +166,8 @@ class Pipeline:
         portrait's decoder.
         """
         bare = dataclasses.replace(portrait, decoder=None)
+        missing = max(0, self.cfg.dit.text_len - context.shape[1])
+        context = np.pad(np.asarray(context), ((0, 0), (0, missing), (0, 0)))  # else a program each
         given = self._everywhere((bare, context, key, speakers))
         with jax.set_mesh(self.meshes.stages):
             session = self._start(model.stages, *given)
@@ -267,35 +272,47 @@ class Pipeline:
         state = shardings(shapes.stages, STATE, mesh, lead=(STAGE,))
         flight = jax.tree.map(lambda _: every, shapes.flight)
         session = shardings(shapes.session, OPENING if self.can_warm else STEPWISE, mesh)
-        features = shardings(shapes.decoder, COLUMNS, vae)
 
         def program(function: Callable, out: Any, *donated: int, **options: Any) -> Callable:
             bound = functools.partial(function, **options)
             return jax.jit(bound, donate_argnums=donated, out_shardings=out)
 
-        tick = jax.shard_map(
-            functools.partial(stages.tick, layout=self.layout),
-            mesh=mesh,
-            in_specs=(P(), P(STAGE), P(STAGE), P(STAGE)),
-            out_specs=P(STAGE),
-            axis_names={STAGE},  # what lies inside a stage stays with the compiler
-            check_vma=False,  # which kernels do not pass
-        )
-        opening = {"layout": self.opening}
-        once = jax.tree.map(lambda _: alone, shapes.flight)
+        def by_stage(function: Callable, given: Any, out: Any) -> Callable:
+            """What lies inside a stage stays with the compiler; but where nothing is parted inside,
+            all axes are ours, for the compiler refuses kernels even on axes of size 1."""
+            axes = {STAGE} if self.spec.inside > 1 else set(AXES)
+            bound = functools.partial(function, layout=self.layout)
+            # Kernels do not pass the check of what varies over the stages.
+            return jax.shard_map(bound, mesh=mesh, in_specs=given, out_specs=out, axis_names=axes,
+                                 check_vma=False)  # fmt: skip
+
+        tick = by_stage(stages.tick, (P(), P(STAGE), P(STAGE), P(STAGE)), P(STAGE))
         self._tick = program(tick, (state, flight, flight), 1, 2)
-        self._start = program(stages.start, session, **opening)
-        self._warm = program(stages.warm, (session, once), 1, **opening)
+        if self.can_warm:
+            self._start = program(stages.start, session, layout=self.opening)
+        else:
+            out = jax.tree.map(lambda _: P(), shapes.session)
+            ring = jax.tree.map(lambda _: P(STAGE), shapes.session.cache.ring)
+            out = dataclasses.replace(out, cache=dataclasses.replace(out.cache, ring=ring))
+            self._start = program(by_stage(stages.start_apart, P(), out), session)
+        once = jax.tree.map(lambda _: alone, shapes.flight)
+        self._warm = program(stages.warm, (session, once), 1, layout=self.opening)
         self._insert = program(stages.insert, (state, flight), 0, 1)
         empty = lambda: stages.zeros((shapes.stages, shapes.flight))
         self._empty = program(empty, (state, flight))
 
+        width, self._decode, places = shapes.session.first.shape[3], {}, {}
+        for rows, features in shapes.decoder.items():
+            table = of_decoder(rows, width, vae.size)
+            places[rows] = shardings(features, table, vae)
+            frames = NamedSharding(vae, spec_of("frames", 5, table) or P())
+            self._decode[rows] = program(stages.decoded, (places[rows], frames), 1)
         self._portrait = jax.jit(stream.encode_portrait)
-        self._copy = program(lambda cache: jax.tree.map(jnp.copy, cache), features)
-        self._empty_decoder = program(lambda: stages.zeros(shapes.decoder), features)
-        self._insert_decoder = program(stages.insert_decoder, features, 0)
-        columns = NamedSharding(vae, P(None, None, None, VAE))
-        self._decode = program(stages.decoded, (features, columns), 1)
+        self._copy = program(lambda cache: jax.tree.map(jnp.copy, cache), places[1])
+        self._empty_decoder = program(
+            lambda: stages.zeros(shapes.decoder[self.rows]), places[self.rows]
+        )
+        self._insert_decoder = program(stages.insert_decoder, places[self.rows], 0)
 
     def _everywhere(self, tree: Any) -> Any:
         whole = NamedSharding(self.meshes.stages, P())
@@ -337,7 +354,7 @@ class Pipeline:
             return None, None
         given = [last(a) for a in (leaving.x, leaving.live, leaving.block, leaving.epoch)]
         x, live, block, epoch = jax.device_put(given, NamedSharding(self.meshes.vae, P()))
-        cache, frames = self._decode(model.decoder, cache, x, live)
+        cache, frames = self._decode[live.shape[1]](model.decoder, cache, x, live)
         return cache, Clip(frames, block, epoch, live)
 
 

@@ -43,7 +43,16 @@ STATE: Table = (
 # where they do not divide, each step's ring on its stage.
 OPENING: Table = ((r"cache\.ring\.[kv]", ((TENSOR, STAGE, SEQUENCE), None, None)), *STATE)
 STEPWISE: Table = ((r"cache\.ring\.[kv]", (STAGE, None, None, HEADS, None, None)), *STATE)
-COLUMNS: Table = ((r"", (VAE, None)),)  # of latents, features and frames alike
+
+
+def of_decoder(rows: int, width: int, devices: int) -> Table:
+    """For what the decoder takes, keeps and makes, "b f h w c" all of it: parted by streams if
+    they divide, else by columns, whose convolutions look over the edge, else not at all."""
+    if rows % devices == 0:
+        return ((r"", (VAE, None, None, None, None)),)
+    return ((r"", (VAE, None)),) if width % devices == 0 else ()
+
+
 
 
 def spec_of(path: str, ndim: int, table: Table, lead: tuple[Axis, ...] = ()) -> P | None:

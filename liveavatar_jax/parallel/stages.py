@@ -96,7 +96,7 @@ class Shapes:
     stages: StreamState
     flight: InFlight
     chunk: Chunk
-    decoder: FeatureCache
+    decoder: dict[int, FeatureCache]  # by number of streams: one, and all
 
     @classmethod
     def of(
@@ -122,12 +122,13 @@ class Shapes:
             _, flight = stream.enter(avatar, state, stream.draw(avatar, state), chunk(b))
             return state, flight, portrait.decoder
 
-        session, _, _ = jax.eval_shape(lambda: begun(1))
+        session, _, own = jax.eval_shape(lambda: begun(1))
         state, flight, decoder = jax.eval_shape(lambda: begun(rows))
         stages = cfg.stream.steps
         flight = jax.eval_shape(lambda: lead(zeros(flight), stages))
         state = jax.eval_shape(lambda: spread(zeros(state), stages))
-        return cls(session, state, flight, jax.eval_shape(lambda: chunk(rows)), decoder)
+        said = jax.eval_shape(lambda: chunk(rows))
+        return cls(session, state, flight, said, {1: own, rows: decoder})
 
 
 def zeros(shapes: Any) -> Any:
@@ -152,6 +153,13 @@ def start(
     layout: Layout,
 ) -> StreamState:
     return stream.start(model, portrait, context, key, speakers=speakers, layout=layout)
+
+
+def start_apart(*given: Any, **options: Any) -> StreamState:
+    """`start` for `shard_map`: every stage by itself, with the ring of its own step alone."""
+    session = start(*given, **options)
+    ring = jax.tree.map(lambda a: a[:1], session.cache.ring)
+    return dataclasses.replace(session, cache=dataclasses.replace(session.cache, ring=ring))
 
 
 def warm(
