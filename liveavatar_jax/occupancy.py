@@ -231,4 +231,7 @@ def main(argument: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except LiveAvatarError as error:
+        sys.exit(f"liveavatar-jax: {error}")
