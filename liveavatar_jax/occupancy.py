@@ -35,7 +35,7 @@ from liveavatar_jax.types import LiveAvatarError
 STEPS = 2
 BLOCKS = 100
 WARM = 6  # blocks: compiled, ring full, sink refreshed
-LAYERS = 4  # of the size's DiT, so that a step takes about 0.2 s at the size "laptop"
+LAYERS = 4  # of the size's DiT, so that a step takes 0.2 to 0.3 s at the size "laptop"
 JOIN = 300.0  # seconds in which both processes have to come
 
 # Processes, cores of each, and mesh; no mesh is one step after the other.
