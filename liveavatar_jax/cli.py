@@ -79,6 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", metavar="COMPONENT", help="audio, prefill, denoise, ...")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--json", type=Path, help="write the figures there, too")
+
+    p = command(_plan, "What a mesh of chips would give, without having one.")
+    p.add_argument("--mesh", default="stage=4,vae=1", help="default: %(default)s")
+    p.add_argument("--chip", default="h800", help="h100, h800, h200, b200, v5e, v5p, v6e "
+                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument("--weights", choices=("bf16", "int8", "fp8"), default="bf16")
+    p.add_argument("--size", default="720*400", help="pixels, as WIDTH*HEIGHT (default: "
+                   "%(default)s)")  # fmt: skip
+    p.add_argument("--sessions", type=int, nargs="+", default=[1], metavar="N",
+                   help="at once; the first number is compiled (default: 1)")  # fmt: skip
+    p.add_argument("--steps", type=int, nargs="+", metavar="N",
+                   help="to project (default: 2, 3, 4 and the mesh's stages)")  # fmt: skip
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="ROOM.FIELD=VALUE",
+                   help="of the model's config, as dit.layers=60 stream.steps=2")  # fmt: skip
+    p.add_argument("--no-compile", action="store_true", help="count only; needs no extra")
+    p.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
+                   help="for each program to compile (default: %(default)g)")  # fmt: skip
+    p.add_argument("--json", type=Path, help="write the figures there, too")
     return parser
 
 
@@ -131,9 +149,39 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    import json
+
+    from liveavatar_jax.plan.report import Request, plan
+    from liveavatar_jax.plan.table import to_json, to_text
+
+    report = plan(
+        Request(
+            mesh=args.mesh,
+            chip=args.chip,
+            weights=args.weights,
+            size=args.size,
+            sessions=args.sessions,
+            steps=args.steps,
+            changes=args.set,
+            compile=not args.no_compile,
+            timeout=args.timeout,
+        )
+    )
+    print(to_text(report))
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(to_json(report), indent=1))
+        except OSError as error:
+            raise LiveAvatarError(f"{args.json}: cannot be written: {error.strerror}") from None
+    return 0
+
+
 def _set_up(args: argparse.Namespace) -> None:
     """Chooses the devices, joins the other processes, and keeps compiled programs in a private
     folder between runs."""
+    if args.run is _plan:  # which touches none
+        return
     device = args.device
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +14,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from liveavatar_jax import stream
+from liveavatar_jax.cli import main
 from liveavatar_jax.config import DiTConfig, ModelConfig, StreamConfig, to_dict
 from liveavatar_jax.models import attention
 from liveavatar_jax.parallel.collectives import bytes_by_axes, collectives
 from liveavatar_jax.plan import aot, cost
 from liveavatar_jax.plan.chips import CHIPS, Chip, chip, gpu_target
 from liveavatar_jax.plan.projection import efficiency, project, roofline
-from liveavatar_jax.plan.table import Report, to_json, to_text
+from liveavatar_jax.plan.report import Request, plan
+from liveavatar_jax.plan.table import to_json, to_text
 from liveavatar_jax.types import LiveAvatarError
 
 PUBLISHED = cost.Size(50, 90)
@@ -171,6 +176,8 @@ def test_groups_are_read_in_every_notation_and_never_guessed():
     stages, pairs = ((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1), (2, 3), (4, 5), (6, 7))
     assert groups("mesh['a'=4,'b'=1,'c'=2] {'c'}") == groups("[4,2]<=[8]") == pairs
     assert groups("mesh['a'=4,'b'=1,'c'=2] {'a'}") == groups("{{0,2,4,6},{1,3,5,7}}") == stages
+    turned = groups("mesh['a'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}")
+    assert turned == ((0, 4), (1, 5), (2, 6), (3, 7))
     assert groups("mesh['a'=4,'c'=2] {'a','c'}") == groups("{}") == (tuple(range(8)),)
     with pytest.raises(LiveAvatarError, match="groups of this collective are not understood"):
         groups("mesh['a'=8] {'a':(2)2}")
@@ -204,26 +211,32 @@ def test_collectives_of_a_compiled_program():
     assert all(np.array_equal(np.unique(c.groups), np.arange(8)) for c in found)
 
 
-# ---- ahead of time, and the table
+# ---- the programs, ahead of time
 
 
-def compiled(name: str, program: str, **request) -> aot.Compiled:
+def compiled(name: str, program: str) -> aot.Compiled:
+    """Of a tiny pipeline of two stages."""
     target = chip(name)
     if not aot.installed(target):
         pytest.skip(f"the compiler for {name} is not installed; it comes with the extra `plan`")
-    small = ModelConfig.tiny()
-    dit = dataclasses.replace(small.dit, attention="chunked")
-    config = to_dict(dataclasses.replace(small, dit=dit))
+    small, kernel = ModelConfig.tiny(), "pallas" if target.platform == "tpu" else "chunked"
+    dit = dataclasses.replace(small.dit, attention=kernel, layers=1, inject_layers=(0,))
+    cfg = dataclasses.replace(small, dit=dit, stream=StreamConfig(steps=2))
+    asked = {"mesh": "stage=2,vae=1", "size": [8, 8], "rows": 1, "weights": "int8"}
     builder = f"liveavatar_jax.plan.programs:{program}"
-    return aot.compile_ahead(builder, target, 1, config=config, height=8, width=8, **request)
+    return aot.compile_ahead(builder, target, 3, config=to_dict(cfg), **asked)
 
 
 @pytest.mark.parametrize("name", ["h100", "v5e"])
-def test_a_tick_compiles_for_a_chip_that_is_not_there(name: str):
-    memory = compiled(name, "denoise").memory
+def test_a_tick_compiles_for_chips_that_are_not_there(name: str):
+    tick = compiled(name, "stage")
+    memory = tick.memory
     assert memory is not None
-    assert memory.parts["ring"] == 2 * 3 * (4 * 3 * 16) * 128 * 4  # keys, values; 3 layers; float32
+    assert memory.parts["ring"] == 2 * (4 * 3 * 16) * 128 * 2  # of one stage, in bfloat16
     assert sum(memory.parts.values()) <= memory.arguments < memory.peak
+    assert {(each.kind, each.axes) for each in tick.collectives} == {
+        ("collective-permute", ("stage",))
+    }
 
 
 def test_what_does_not_compile_is_one_sentence():
@@ -234,21 +247,110 @@ def test_what_does_not_compile_is_one_sentence():
 def test_a_missing_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setattr(aot, "installed", lambda target: False)
     with pytest.raises(LiveAvatarError, match=r"libtpu is not installed.*liveavatar-jax\[plan\]"):
-        aot.compile_ahead("liveavatar_jax.plan.programs:denoise", chip("v5p"), 1)
+        plan(Request(chip="v5p"))
 
 
-def test_table_and_json_say_the_same():
+def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch):
+    monkeypatch.setattr(aot, "installed", lambda target: True)
+    with pytest.raises(LiveAvatarError, match=r"for h100 took longer than 0 s; .* more time"):
+        plan(Request(chip="h100", timeout=0.01))
+
+
+# ---- the command
+
+
+def test_what_is_counted_is_what_a_stage_holds():
+    sizes = cost.held(ModelConfig(), PUBLISHED, tensor=2)
+    assert sizes["ring"] == 4 * 40 * 13_500 * 5120 / 2
+    assert sizes["weights"] * 2 == pytest.approx(32e9, rel=0.02)
+
+
+def test_the_command_counts_without_a_device(tmp_path):
+    """In a process of its own, which would fail if it started a backend."""
+    file = tmp_path / "plan.json"
+    line = f"plan --no-compile --sessions 1 2 --mesh stage=3,tensor=2 --json {file}".split()
+    line += ["--set", "dit.layers=60", "stream.block_frames=2"]
+    asked = f"import sys; from liveavatar_jax.cli import main; sys.exit(main({line}))"
+    alone = os.environ | {"JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run([sys.executable, "-c", asked], env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(file.read_text())
+    rows = [(p["steps"], p["sessions"]) for p in values["projections"]]
+    assert rows == [(steps, n) for steps in (2, 3, 4) for n in (1, 2)]
+    assert values["held"]["ring"] == 4 * 60 * 9_000 * 5120 / 2
+    assert values["projections"][0]["frames"] == 8
+    assert "h800, stage=3,tensor=2, 720x400, bf16 weights" in done.stdout
+    assert f"{values['projections'][1]['projected']['fps']:.1f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--chip h900", "no chip is called 'h900'; choose of h100"),
+        ("--mesh stage=4,tensor=3", "tensor x sequence = 3 x 1 does not divide the 40"),
+        ("--mesh stage=4,vae=7", "vae = 7 does not divide the 90 latent columns"),
+        ("--set dit.layer=60", "ModelConfig.dit has no field 'layer', did you mean 'layers'?"),
+        ("--set ditt.layers=60", "--set 'ditt.layers=60' is not understood"),
+        ("--set dit.layers=many", "ModelConfig.dit.layers = 'many' must be int"),
+        ("--set stream.steps=2", "stage = 4 does not match the 2 denoising steps"),
+        ("--size 700*400", "--size '700*400' must be WIDTH*HEIGHT in multiples of 16"),
+        ("--sessions 0", "--sessions must be at least 1"),
+        ("--json /", "/: cannot be written"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_sentence(line: str, words: str, capsys):
+    assert main(["plan", "--no-compile", *line.split()]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_a_program_too_large_for_the_chip_is_a_verdict(monkeypatch):
+    refused = aot.Compiled(None, 99 * 2**30, (), 1.0)
+    monkeypatch.setattr("liveavatar_jax.plan.report.compile_ahead", lambda *a, **k: refused)
+    found = plan(Request(chip="v6e", mesh="stage=4,tensor=2"))
+    assert not found.fits(1)
+    assert "99.00  does not fit" in to_text(found)
+
+
+def test_table_and_json_say_the_same(monkeypatch):
     memory = aot.Memory(50 * 2**30, 0, 2**30, {"weights": 30 * 2**30, "ring": 10 * 2**30})
     stage = aot.Compiled(memory, None, tuple(collectives(GPU, MESH)), 1.0)
-    refused = aot.Compiled(None, 99 * 2**30, (), 1.0)
-    total = cost.forward(ModelConfig(), PUBLISHED)
-    p = project(ModelConfig(), PUBLISHED, chip("h800"), steps=4)
-    report = Report(
-        chip("h800"), MESH, (720, 400), "bf16", {"stage": stage, "decoder": refused},
-        {"stage": total}, [p],
-    )  # fmt: skip
-    text, values = to_text(report), json.loads(json.dumps(to_json(report)))
-    for words in ("fits 79.1", "99.0  does not fit", "collective-permute", "85.0", "36.0"):
+    monkeypatch.setattr("liveavatar_jax.plan.report.compile_ahead", lambda *a, **k: stage)
+    found = plan(Request(sessions=[1, 2], steps=[4]))
+    text, values = to_text(found), json.loads(json.dumps(to_json(found)))
+    for words in ("fits 79.1", "collective-permute", "85.0", "36.0"):
         assert words in text
-    assert values["compiled"]["stage"]["fits"] and not values["compiled"]["decoder"]["fits"]
-    assert values["projections"][0]["projected"]["fps"] == pytest.approx(36.0)
+    one, two = values["projections"]
+    assert values["compiled"]["stage"]["fits"] and one["fits"]
+    # The session that is being opened (20 GiB) and the others; the largest temporaries.
+    assert (one["memory"], two["memory"]) == (71 * 2**30, 92 * 2**30)
+    assert not two["fits"]
+    assert one["projected"]["fps"] == pytest.approx(36.0, rel=0.02)
+
+
+# ---- the first frame
+
+
+def test_enough_warm_blocks_and_playback_never_waits():
+    """Against a clock that counts every frame: one block fewer would stall."""
+    p = project(ModelConfig(), PUBLISHED, chip("h800"), steps=4)
+    share = p.efficiency
+    enough = p.warm_blocks(share)
+    assert enough is not None and enough > 1
+
+    def stalls(warm: int) -> bool:
+        tick, opening = p.tick(share), p.steps * p.opening.at(share)
+        late, clock, start = False, 0.0, opening
+        for k in range(60):
+            ready = (k + 1) * opening if k < warm else warm * opening + (k - warm + p.steps) * tick
+            renewed = p.refresh.at(share)
+            if warm <= 4:  # of the ticks until then, at most one a stage renews its sink
+                ready += renewed * min(max(k + p.steps - 4, 0), p.steps) * (k >= warm)
+            elif k >= 4:
+                ready += renewed / p.steps
+            late |= ready > start + clock + 1e-9
+            clock += (9 if k == 0 else 12) / 25
+        return late
+
+    assert not stalls(enough) and stalls(enough - 1)
+    assert project(ModelConfig(), PUBLISHED, chip("v5e"), steps=4).warm_blocks(share) is None

@@ -30,7 +30,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(
     r"replica_groups=(\{(?:\{[\d,]*\},?)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
-    r"|mesh\[[^\]]*\] \{[\w',]*\})"
+    r"|mesh\[[^\]]*\](?:, device_ids=\(\[[\d,]+\]T\([\d,]+\)\))? \{[\w',]*\})"
 )
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
@@ -178,7 +178,10 @@ def _groups(kind: str, line: str, devices: int) -> tuple[tuple[int, ...], ...]:
     if text.startswith("mesh"):  # mesh['a'=4,'b'=2] {'b'}: devices that differ in b alone
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text)}
         along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'(?!=)", text)]
-        table = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        table = np.arange(math.prod(sizes.values()))
+        if order := re.search(r"\(\[([\d,]+)\]T\(([\d,]+)\)\)", text):
+            table = table.reshape(_ints(order[1])).transpose(_ints(order[2]))
+        table = table.reshape(tuple(sizes.values()))
         table = np.moveaxis(table, along, range(-len(along), 0))
         each = math.prod(table.shape[-len(along) :])
         return tuple(map(tuple, table.reshape(-1, each).tolist()))

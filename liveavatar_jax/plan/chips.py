@@ -35,6 +35,11 @@ class Chip:
         """Peak of products in `dtype`, in bf16 where the chip has no faster path for it."""
         return self.peak.get(dtype, self.peak["bf16"])
 
+    @property
+    def host(self) -> int:
+        """Devices of one host; of TPUs, there are also larger ones."""
+        return 8 if self.platform == "cuda" else 4
+
     def topology(self, devices: int) -> str:
         """The smallest topology with at least `devices` chips.
 

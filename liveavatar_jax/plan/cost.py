@@ -104,6 +104,30 @@ def exchange(cfg: ModelConfig, size: Size, parts: int) -> float:
     return 4 * own * (parts - 1) / parts * cfg.dit.layers
 
 
+def reduced(cfg: ModelConfig, size: Size, tensor: int = 1, sequence: int = 1) -> float:
+    """Bytes that a device of a stage sends in a tick, by the usual algorithms: results of rows of
+    weights summed over `tensor` (in 16 bits, in 32 where weights have 8), tokens over `sequence`.
+    """
+    tokens = size.rows * cfg.stream.block_frames * size.frame / sequence
+    width = 2.0 if size.weight_bytes == 2 else 4.0
+    sums = 3 * cfg.dit.layers + len(cfg.dit.inject_layers)
+    sent = sums * tokens * cfg.dit.dim * width * 2 * (tensor - 1) / tensor
+    return sent + exchange(cfg, size, sequence) / tensor
+
+
+def held(cfg: ModelConfig, size: Size, tensor: int = 1, sequence: int = 1) -> dict[str, float]:
+    """Bytes that a device of a stage keeps between two ticks; caches have 16 bits."""
+    once = forward(cfg, size).bytes_weights + text(cfg, size).bytes_weights
+    token = 4.0 * size.rows * cfg.dit.dim * cfg.dit.layers / tensor
+    seen = cfg.stream.ring_blocks * cfg.stream.block_frames * size.frame
+    return {
+        "weights": once / tensor,
+        "ring": token * seen / sequence,
+        "sink": token * size.sink(cfg.stream.motion) / sequence,
+        "prompt": token * cfg.dit.text_len,
+    }
+
+
 def prefill(cfg: ModelConfig, size: Size) -> Cost:
     """The condition tokens through all layers: at a stream's start, and at a sink's refresh."""
     dit, tokens = cfg.dit, size.sink(cfg.stream.motion)

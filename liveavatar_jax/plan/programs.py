@@ -1,85 +1,102 @@
-"""The programs that `plan` compiles, as shapes: no weight is made, no device is touched."""
+"""The programs of a pipeline as shapes on devices that are not there: no weight is made.
+
+`Program.parts` are what lies on a device between two ticks, by name.
+"""
 
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import P
+from jax.sharding import Mesh, NamedSharding
 
-from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig, from_dict
-from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.quantise import quantise
+from liveavatar_jax.parallel import stages
+from liveavatar_jax.parallel.mesh import STAGE, MeshSpec
+from liveavatar_jax.parallel.pipeline import Pipeline
+from liveavatar_jax.parallel.sharding import OPENING, STATE, WEIGHTS, of_decoder, shardings
 from liveavatar_jax.plan.aot import Program
+from liveavatar_jax.stream import Avatar, StreamState
 
 
-def denoise(
-    devices: list[Any],
-    config: dict,
-    height: int,
-    width: int,
-    rows: int = 1,
-    weights: str = "bf16",
-) -> Program:
-    """The tick of one stage on one device: one step of a block against its ring and sink.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A pipeline on the devices of a topology, and the shapes of its weights."""
 
-    `weights` other than bf16 are those of `quantise`.
-    """
-    cfg: ModelConfig = from_dict(ModelConfig, config)
-    cfg = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, steps=1))
-    model, state = _stream(cfg, height, width, rows)
-    drawn = jax.eval_shape(stream.draw, model, state)
-    video = 4 * cfg.stream.block_frames
-    heard = (rows, 1, video, cfg.dit.audio_layers, cfg.dit.audio_dim)
-    chunk = stream.Chunk(audio=_shape(heard, cfg.stream.dtype))
-    if weights != "bf16":
-        model.dit = jax.eval_shape(lambda dit: quantise(dit, weights), model.dit)
-    del model.vae  # it lives on another device, and so does its cache
-    state = dataclasses.replace(state, decoder=None)
-    program = _alone(devices, stream.denoise, model, state, drawn, chunk)
-    model, state, *_ = program.arguments
+    pipeline: Pipeline
+    dit: Avatar
+    vae: Avatar
+
+    @classmethod
+    def of(
+        cls, devices: list[Any], config: dict, mesh: str, size: list[int], rows: int, weights: str
+    ) -> "Plan":
+        """`config` as of `config.to_dict`, `size` in latents; `weights` other than bf16 are those
+        of `quantise`."""
+        cfg: ModelConfig = from_dict(ModelConfig, config)
+        pipeline = Pipeline(cfg, MeshSpec.parse(mesh), *size, rows=rows, devices=devices)
+        avatar = jax.eval_shape(lambda: Avatar(cfg, rngs=nnx.Rngs(0)))
+        if weights != "bf16":
+            avatar.dit = jax.eval_shape(lambda dit: quantise(dit, weights), avatar.dit)
+        dit, vae = stages.split(avatar)
+        return cls(pipeline, _put(dit, shardings(dit, WEIGHTS, pipeline.meshes.stages)), vae)
+
+
+def stage(devices: list[Any], **request: Any) -> Program:
+    """A tick of the stages."""
+    plan = Plan.of(devices, **request)
+    pipeline, mesh = plan.pipeline, plan.pipeline.meshes.stages
+    state = pipeline.shapes.stages
+    state = _put(state, shardings(state, STATE, mesh, lead=(STAGE,)))
+    flight = _on(mesh, P(STAGE), pipeline.shapes.flight)
+    chunk = jax.eval_shape(lambda a: stages.lead(a, pipeline.spec.stage), pipeline.shapes.chunk)
+    given = (plan.dit, state, flight, _on(mesh, P(STAGE), chunk))
+    return Program(pipeline._tick, given, mesh, (1, 2), _parts(plan.dit, state, flight))
+
+
+def opening(devices: list[Any], **request: Any) -> Program:
+    """A block of a stream that is not in the pipeline yet, on all stages (`Pipeline.warm`)."""
+    alone: dict[str, Any] = request | {"rows": 1}
+    plan = Plan.of(devices, **alone)
+    pipeline, mesh = plan.pipeline, plan.pipeline.meshes.stages
+    session = pipeline.shapes.session
+    session = _put(session, shardings(session, OPENING, mesh))
+    chunk = _on(mesh, P(), pipeline.shapes.chunk)
+    given = (plan.dit, session, chunk)
+    return Program(pipeline._warm, given, mesh, (1,), _parts(plan.dit, session))
+
+
+def decoder(devices: list[Any], **request: Any) -> Program:
+    """A block of latents to frames."""
+    plan = Plan.of(devices, **request)
+    pipeline, mesh = plan.pipeline, plan.pipeline.meshes.vae
+    cache, width = pipeline.shapes.decoder[pipeline.rows], pipeline.shapes.session.first.shape[3]
+    cache = _put(cache, shardings(cache, of_decoder(pipeline.rows, width, mesh.size), mesh))
+    vae, flight = _on(mesh, P(), plan.vae), pipeline.shapes.flight
+    x, live = jax.eval_shape(lambda a: (a.x[:1], a.live[:1]), flight)
+    given = (vae, cache, *_on(mesh, P(), (x, live)))
+    decode = pipeline._decode[pipeline.rows]
+    return Program(decode, given, mesh, (1,), {"weights": vae, "cache": cache})
+
+
+def _parts(dit: Avatar, state: StreamState, *flight: Any) -> dict[str, Any]:
     cache = state.cache
-    parts = {"weights": model, "ring": cache.ring, "sink": cache.sink, "text": state.text}
-    return dataclasses.replace(program, parts=parts)
+    rest = dataclasses.replace(state, cache=None, text=None)
+    return {
+        "weights": dit,
+        "ring": cache.ring,
+        "sink": cache.sink,
+        "prompt": state.text,
+        "in flight, rest": (rest, flight),
+    }
 
 
-def decode(devices: list[Any], config: dict, height: int, width: int, rows: int = 1) -> Program:
-    """A block of latents to frames, on one device."""
-    cfg: ModelConfig = from_dict(ModelConfig, config)
-    model, state = _stream(cfg, height, width, rows)
-    latents = (rows, cfg.stream.block_frames, height, width, cfg.dit.latent_channels)
-    given = (model.vae, state.decoder, _shape(latents, cfg.stream.dtype), _shape((rows,), "bool"))
-    program = _alone(devices, stream.decode, *given)
-    vae, cache, *_ = program.arguments
-    return dataclasses.replace(program, parts={"weights": vae, "cache": cache})
+def _put(tree: Any, places: Any) -> Any:
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    return jax.tree.map(place, tree, places)
 
 
-def _stream(
-    cfg: ModelConfig, height: int, width: int, rows: int
-) -> tuple[stream.Avatar, stream.StreamState]:
-    """Model and running state, as shapes."""
-    model = jax.eval_shape(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
-    dtype, picture = cfg.stream.dtype, (height, width, cfg.dit.latent_channels)
-    reference, motion = (_shape((rows, n, *picture), dtype) for n in (1, MOTION_FRAMES))
-    portrait = jax.eval_shape(stream.from_latents, model, reference, motion)
-    context = _shape((rows, cfg.dit.text_len, cfg.dit.text_dim), dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return model, jax.eval_shape(stream.start, model, portrait, context, key)
-
-
-def _shape(shape: tuple[int, ...], dtype: str) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
-
-def _alone(devices: list[Any], function: Any, *arguments: Any) -> Program:
-    """On the first device; the second argument is the state, and donated."""
-    mesh = Mesh(np.array(devices[:1]), ("device",))
-    place = NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    return Program(function, jax.tree.map(put, arguments), mesh, donate=(1,))
+def _on(mesh: Mesh, spec: P, tree: Any) -> Any:
+    return _put(tree, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree))

@@ -12,7 +12,8 @@ import dataclasses
 
 from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.plan.chips import CHIPS, Chip
-from liveavatar_jax.plan.cost import Cost, Size, decode, exchange, forward, prefill
+from liveavatar_jax.plan.cost import Cost, Size, decode, forward, prefill, reduced
+from liveavatar_jax.stream import LEAD_FRAMES
 
 PUBLISHED_SIZE = (50, 90)  # latents of 720 x 400 pixels
 PUBLISHED_SECONDS = {"bf16": 12 / 36.0, "fp8": 12 / 45.2}  # a stage on H800: 36.0 and 45.2 FPS
@@ -71,6 +72,7 @@ class Projection:
     efficiency: float
     shared: bool  # the decoder runs on the stages' devices, after their tick
     frames: int  # of a block
+    sink_after: int | None
 
     def tick(self, efficiency: float) -> float:
         """Between two blocks of a filled pipeline."""
@@ -88,6 +90,29 @@ class Projection:
         """The same where all stages work on the first block together, step by step."""
         return self.steps * self.opening.at(efficiency) + self.decoder.at(efficiency)
 
+    def warm_blocks(self, efficiency: float) -> int | None:
+        """How many blocks all stages have to make together so that playback never waits for the
+        pipeline, which fills while they play; None if no number of them is enough."""
+        if self.fps(efficiency) < VIDEO_FPS:
+            return None
+        return next((n for n in range(1, 101) if self._unbroken(n, efficiency)), None)
+
+    def _unbroken(self, warm: int, efficiency: float) -> bool:
+        """Whether each block is there when the one before it has been shown."""
+        opening, tick = self.steps * self.opening.at(efficiency), self.tick(efficiency)
+        opening += self.shared * self.decoder.at(efficiency)
+        refresh, due = self.refresh.at(efficiency), self.sink_after
+        if due is None:
+            refresh = due = 0
+        ready = [(k + 1) * opening + (k >= due) * refresh / self.steps for k in range(warm)]
+        now = ready[-1]
+        for k in range(warm, max(warm, due) + 3 * self.steps):  # ticks, by the block that enters
+            now += tick + (warm <= due <= k < due + self.steps) * refresh
+            ready.append(now)
+        del ready[warm : warm + self.steps - 1]  # nothing leaves while the pipeline fills
+        shown = [0.0] + [k * self.frames - LEAD_FRAMES for k in range(1, len(ready))]
+        return all(at <= ready[0] + n / VIDEO_FPS for at, n in zip(ready, shown, strict=True))
+
     @property
     def real_time(self) -> bool:
         return self.fps(self.efficiency) >= VIDEO_FPS
@@ -103,28 +128,35 @@ def project(
     tensor: int = 1,
     sequence: int = 1,
     sent: float = 0.0,
+    opening: float | None = None,
     decoders: int = 1,
 ) -> Projection:
     """A pipeline of `steps` stages of tensor x sequence devices, and `decoders` for the VAE.
 
-    `sent` are bytes a device sends a tick, from the compiled program; no decoders of its own
-    (0): the VAE shares the stages' devices.
+    `sent` are bytes a device sends a tick, `opening` those of one step of a block that all stages
+    make together (default: counted); no decoders of its own (0): the VAE shares the stages'.
     """
     size = dataclasses.replace(size, weight_bytes=WEIGHT_BYTES[weights])
-    tick = forward(cfg, size)
-    stage, parts = tick.split(tensor, sequence), steps * sequence
+    stage, parts = forward(cfg, size).split(tensor, sequence), steps * sequence
+    alone = dataclasses.replace(size, rows=1)  # streams open, and renew their sink, one by one
     pixels = dataclasses.replace(size, weight_bytes=4)  # the VAE's weights are float32
-    devices = decoders or steps * tensor * sequence
+    beside = sharing(decoders, min(steps * tensor * sequence, chip.host), size.width)
+    if opening is None:
+        opening = reduced(cfg, alone, tensor, parts)
     return Projection(
         steps=steps,
         sessions=size.rows,
         stage=roofline(stage, chip, weights, sent),
-        refresh=roofline(prefill(cfg, size).split(tensor, sequence), chip, weights),
-        opening=roofline(
-            tick.split(tensor, parts), chip, weights, exchange(cfg, size, parts) / tensor + sent
-        ),
-        decoder=roofline(decode(cfg, pixels).split(sequence=devices), chip),
+        refresh=roofline(prefill(cfg, alone).split(tensor, sequence), chip, weights),
+        opening=roofline(forward(cfg, alone).split(tensor, parts), chip, weights, opening),
+        decoder=roofline(decode(cfg, pixels).split(sequence=beside), chip),
         efficiency=efficiency(weights if weights in chip.peak else "bf16"),
         shared=not decoders,
         frames=4 * cfg.stream.block_frames,
+        sink_after=cfg.stream.sink_after,
     )
+
+
+def sharing(decoders: int, devices: int, width: int) -> int:
+    """Devices that decode: `decoders` of their own, or as many of a host as divide the columns."""
+    return decoders or max(n for n in range(1, devices + 1) if width % n == 0)

@@ -6,27 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from liveavatar_jax.parallel.collectives import Collective, bytes_by_axes
-from liveavatar_jax.plan.aot import Compiled
-from liveavatar_jax.plan.chips import GIB, Chip
+from liveavatar_jax.plan.chips import GIB
 from liveavatar_jax.plan.cost import Cost
 from liveavatar_jax.plan.projection import PUBLISHED_SECONDS, Projection
+from liveavatar_jax.plan.report import Report
 
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """All that is known of one plan."""
-
-    chip: Chip
-    mesh: dict[str, int]
-    pixels: tuple[int, int]  # width, height
-    weights: str  # dtype of products with weights
-    compiled: dict[str, Compiled]  # by program, such as "stage" and "decoder"; may be empty
-    costs: dict[str, Cost]  # of one device and one tick, by program
-    projections: Sequence[Projection]
-
-
-def fits(compiled: Compiled, chip: Chip) -> bool:
-    return compiled.memory is not None and compiled.memory.peak <= chip.memory
+_LISTED = 6  # collectives of a program in the text; JSON has all
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -35,60 +20,70 @@ def to_json(report: Report) -> dict[str, Any]:
     for name, program in report.compiled.items():
         entry = plain["compiled"][name]
         del entry["text"]
-        entry["fits"] = fits(program, report.chip)
         entry["peak"] = program.needed if program.memory is None else program.memory.peak
+        entry["fits"] = program.memory is not None and entry["peak"] <= report.chip.memory
     for entry, p in zip(plain["projections"], report.projections, strict=True):
         for name, share in (("roofline", 1.0), ("projected", p.efficiency)):
             seconds = {"first_frame": p.first_frame(share), "warm": p.first_frame_warm(share)}
-            entry[name] = {"fps": p.fps(share), **seconds}
+            entry[name] = {"fps": p.fps(share), **seconds, "warm_blocks": p.warm_blocks(share)}
+        entry["memory"], entry["fits"] = report.needed(p.sessions), report.fits(p.sessions)
     return plain
 
 
 def to_text(report: Report) -> str:
     """Tables for a terminal, with what is compiled, counted and assumed told apart."""
     chip, (width, height) = report.chip, report.pixels
-    mesh = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
     parts = [
-        f"{chip.name}, {mesh}, {width}x{height}, {report.weights} weights    [{chip.source}]",
+        f"{chip.name}, {report.mesh}, {width}x{height}, {report.weights} weights    "
+        f"[{chip.source}]",
         _memory(report),
         *(_collectives(name, c.collectives) for name, c in report.compiled.items()),
         _costs(report.costs),
-        _projections(report.projections),
+        _projections(report),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _memory(report: Report) -> str:
     limit = report.chip.memory
-    lines = []
+    if not report.compiled:
+        lines = [(name, _gib(size)) for name, size in report.held.items()]
+        return _table(("memory per device of a stage, counted", "GiB"), lines)
+    lines: list[tuple[str, ...]] = []
     for name, program in report.compiled.items():
         memory = program.memory
         if memory is None:
-            needed = (program.needed or 0) / GIB
-            lines.append((name, "refused by the compiler", f"{needed:.1f}", "does not fit"))
+            needed = _gib(program.needed or 0)
+            lines.append((name, "refused by the compiler", needed, "does not fit"))
             continue
         rest = memory.arguments - sum(memory.parts.values())
         sizes = {**memory.parts, "inputs, padding": rest, "outputs": memory.outputs}
         sizes["temporaries"] = memory.temporaries
-        lines += [(name, part, f"{size / GIB:.2f}", "") for part, size in sizes.items()]
-        verdict = "fits" if fits(program, report.chip) else "does not fit"
-        lines.append((name, "peak", f"{memory.peak / GIB:.2f}", f"{verdict} {limit / GIB:.1f}"))
-    return _table(("memory per device", "", "GiB", ""), lines) if lines else ""
+        lines += [(name, part, _gib(size), "") for part, size in sizes.items()]
+        verdict = "fits" if memory.peak <= limit else "does not fit"
+        lines.append((name, "peak", _gib(memory.peak), f"{verdict} {limit / GIB:.1f}"))
+    return _table(("memory per device, compiled", "", "GiB", ""), lines)
+
+
+def _gib(size: float | int) -> str:
+    return f"{size / GIB:.2f}"
 
 
 def _collectives(name: str, found: Sequence[Collective]) -> str:
+    """The largest ones, and all by axes."""
     if not found:
         return ""
     same = Counter(dataclasses.replace(each, groups=()) for each in found)
     sent = {dataclasses.replace(each, groups=()): each.sent for each in found}
+    total = lambda each: sent[each] * (each.times or 0) * same[each]
     lines = []
-    for each, count in same.items():
+    for each in sorted(same, key=total, reverse=True)[:_LISTED]:
         where = " in loop" * each.in_loop + " in branch" * each.in_branch
         times = "?" if each.times is None else str(each.times)
-        cells = ("+".join(each.axes), each.kind + where, each.shape[:40], times, str(count))
+        cells = ("+".join(each.axes), each.kind + where, each.shape[:40], times, str(same[each]))
         lines.append((*cells, f"{sent[each] / 1e6:.3f}"))
-    for axes, total in bytes_by_axes(found).items():
-        lines.append(("+".join(axes), "all, a steady tick", "", "", "", f"{total / 1e6:.3f}"))
+    for axes, sum_ in bytes_by_axes(found).items():
+        lines.append(("+".join(axes), "all of a run", "", "", "", f"{sum_ / 1e6:.3f}"))
     return _table((f"{name}: axis", "collective", "shape", "times", "count", "MB sent"), lines)
 
 
@@ -110,30 +105,45 @@ def _costs(costs: dict[str, Cost]) -> str:
     return _table(head, lines)
 
 
-def _projections(projections: Sequence[Projection]) -> str:
-    head = ("steps", "sessions", "stage ms", "limit", "decoder", "refresh", "FPS", "first s",
-            "warm", "share", "FPS", "first s", "warm", "real time")  # fmt: skip
+def _projections(report: Report) -> str:
+    head = ("steps", "sessions", "roofline ms", "limit", "decoder", "FPS", "stage ms", "refresh",
+            "FPS", "real time", "first s", "warm", "saved", "blocks", "GiB", "")  # fmt: skip
     lines = []
-    for p in projections:
+    for p in report.projections:
         share = p.efficiency
+        first, warm = p.first_frame(share), p.first_frame_warm(share)
+        blocks = p.warm_blocks(share)
         lines.append(
-            (str(p.steps), str(p.sessions), f"{p.stage.seconds * 1e3:.0f}", p.stage.limit,
-             f"{p.decoder.seconds * 1e3:.0f}", f"{p.refresh.seconds * 1e3:.0f}",
-             *_figures(p, 1.0), f"{share:.2f}", *_figures(p, share),
-             "yes" if p.real_time else "no")
+            (str(p.steps), str(p.sessions), _ms(p.stage.seconds), p.stage.limit,
+             _ms(p.decoder.seconds), f"{p.fps(1.0):.1f}", _ms(p.stage.at(share)),
+             _ms(p.refresh.at(share)), f"{p.fps(share):.1f}", "yes" if p.real_time else "no",
+             f"{first:.2f}", f"{warm:.2f}", f"{first - warm:.2f}",
+             "none" if blocks is None else str(blocks),
+             _gib(report.needed(p.sessions)), _verdict(report, p))
         )  # fmt: skip
-    published = ", ".join(f"{s * 1e3:.0f} ms in {w}" for w, s in PUBLISHED_SECONDS.items())
-    note = (
-        "FPS are of each session; warm: the first frame where all stages open a stream together.\n"
-        "Left of `share` is the roofline, which no program reaches; right of it the projection, at "
-        f"the\nshare of its roofline that the paper's stage reaches on H800 ({published})."
-    )
-    return f"{_table(head, lines)}\n{note}" if lines else ""
+    published = ", ".join(f"{_ms(s)} ms in {w}" for w, s in PUBLISHED_SECONDS.items())
+    share = report.projections[0].efficiency
+    return f"{_table(head, lines)}\n{_NOTE.format(share=share, published=published)}"
 
 
-def _figures(p: Projection, share: float) -> tuple[str, ...]:
-    seconds = (p.first_frame(share), p.first_frame_warm(share))
-    return (f"{p.fps(share):.1f}", *(f"{s:.2f}" for s in seconds))
+_NOTE = """\
+FPS are of each session, the first ones those of the roofline, which no program reaches. From the
+second `ms` on: the projection, at the share of the roofline ({share:.2f}) that the paper's stage
+reaches on H800 ({published}); on other chips that is an assumption.
+`refresh`: each of as many ticks as there are steps is longer by it when a session renews its sink,
+once. `first`: the pipeline fills; `warm`: all stages make the first block together; `blocks`: the
+`--warm N` after which playback at 25 FPS never waits for the pipeline, which fills meanwhile.
+`GiB`: a device of a stage with all its programs."""
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}"
+
+
+def _verdict(report: Report, p: Projection) -> str:
+    if not report.fits(p.sessions):
+        return "does not fit"
+    return "fits" if report.compiled else "and temporaries"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
