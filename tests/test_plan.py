@@ -340,7 +340,7 @@ def test_enough_warm_blocks_and_playback_never_waits():
 
     def stalls(warm: int) -> bool:
         tick, opening = p.tick(share), p.steps * p.opening.at(share)
-        late, clock, start = False, 0.0, opening
+        late, clock = False, opening
         for k in range(60):
             ready = (k + 1) * opening if k < warm else warm * opening + (k - warm + p.steps) * tick
             renewed = p.refresh.at(share)
@@ -348,8 +348,8 @@ def test_enough_warm_blocks_and_playback_never_waits():
                 ready += renewed * min(max(k + p.steps - 4, 0), p.steps) * (k >= warm)
             elif k >= 4:
                 ready += renewed / p.steps
-            late |= ready > start + clock + 1e-9
-            clock += (9 if k == 0 else 12) / 25
+            late |= k >= warm and ready > clock + 1e-9
+            clock = max(clock, ready) + (9 if k == 0 else 12) / 25
         return late
 
     assert not stalls(enough) and stalls(enough - 1)

@@ -91,14 +91,14 @@ class Projection:
         return self.steps * self.opening.at(efficiency) + self.decoder.at(efficiency)
 
     def warm_blocks(self, efficiency: float) -> int | None:
-        """How many blocks all stages have to make together so that playback never waits for the
-        pipeline, which fills while they play; None if no number of them is enough."""
+        """How many blocks all stages have to make together so that playback does not wait at the
+        hand-over or later, for the pipeline fills while they play; None if none are enough."""
         if self.fps(efficiency) < VIDEO_FPS:
             return None
         return next((n for n in range(1, 101) if self._unbroken(n, efficiency)), None)
 
     def _unbroken(self, warm: int, efficiency: float) -> bool:
-        """Whether each block is there when the one before it has been shown."""
+        """Whether from the hand-over on each block is there when the one before it was shown."""
         opening, tick = self.steps * self.opening.at(efficiency), self.tick(efficiency)
         opening += self.shared * self.decoder.at(efficiency)
         refresh, due = self.refresh.at(efficiency), self.sink_after
@@ -110,8 +110,12 @@ class Projection:
             now += tick + (warm <= due <= k < due + self.steps) * refresh
             ready.append(now)
         del ready[warm : warm + self.steps - 1]  # nothing leaves while the pipeline fills
-        shown = [0.0] + [k * self.frames - LEAD_FRAMES for k in range(1, len(ready))]
-        return all(at <= ready[0] + n / VIDEO_FPS for at, n in zip(ready, shown, strict=True))
+        shown = ready[0]  # until then all blocks before this one are
+        for k, at in enumerate(ready):
+            if k >= warm and at > shown:
+                return False
+            shown = max(shown, at) + (self.frames - LEAD_FRAMES * (k == 0)) / VIDEO_FPS
+        return True
 
     @property
     def real_time(self) -> bool:

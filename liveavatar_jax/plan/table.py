@@ -132,7 +132,7 @@ second `ms` on: the projection, at the share of the roofline ({share:.2f}) that 
 reaches on H800 ({published}); on other chips that is an assumption.
 `refresh`: each of as many ticks as there are steps is longer by it when a session renews its sink,
 once. `first`: the pipeline fills; `warm`: all stages make the first block together; `blocks`: the
-`--warm N` after which playback at 25 FPS never waits for the pipeline, which fills meanwhile.
+least `--warm N` with which playback at 25 FPS does not wait while the pipeline fills.
 `GiB`: a device of a stage with all its programs."""
 
 
