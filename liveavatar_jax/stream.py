@@ -308,8 +308,12 @@ def refreshed(
         row = jnp.argmax(due)
 
         def of(tree, axis: int):
+            """The row, hanging on the carry: a single row's prefill would else depend on nothing in
+            the loop, and XLA moves such things out of it, here into every tick."""
             pick = lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis)
-            return jax.tree.map(pick, tree)
+            return jax.tree.map(
+                lambda a: jnp.where(due[row], pick(a), jnp.zeros_like(pick(a))), tree
+            )
 
         fresh = model.dit.prefill(of(flight.first, 0), of(motion, 0), of(state.text, 1), layout)
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 1)
