@@ -42,6 +42,7 @@ class Report:
     sessions: int  # those of the compiled programs and of `held`
     held: dict[str, float]  # counted: what a stage's device keeps
     compiled: dict[str, Compiled]  # by program: stage, opening, decoder; may be empty
+    injected: float  # share of the layers that hear audio: how often their branch is taken
     costs: dict[str, Cost]  # of one device and one tick, by program
     projections: Sequence[Projection]
 
@@ -136,7 +137,8 @@ def plan(request: Request) -> Report:
     spec.check(cfg, width, size.rows)
     compiled = _compiled(request, cfg, spec, target, size) if request.compile else {}
     inside = {"tensor": spec.tensor, "sequence": spec.sequence}
-    tick, opening = (_sent(compiled.get(name)) for name in ("stage", "opening"))
+    injected = len(cfg.dit.inject_layers) / cfg.dit.layers
+    tick, opening = (_sent(compiled.get(name), injected) for name in ("stage", "opening"))
 
     def projected(steps: int, sessions: int) -> Projection:
         each = dataclasses.replace(size, rows=sessions)
@@ -158,6 +160,7 @@ def plan(request: Request) -> Report:
         sessions=size.rows,
         held=held(cfg, size, **inside),
         compiled=compiled,
+        injected=injected,
         costs={
             "stage": forward(cfg, size).split(**inside),
             "sink's refresh": prefill(cfg, once).split(**inside),
@@ -193,8 +196,8 @@ def _compiled(
     }
 
 
-def _sent(compiled: Compiled | None) -> float | None:
+def _sent(compiled: Compiled | None, taken: float) -> float | None:
     """Bytes that a device sends in a run; None if that is not known."""
     if compiled is None or compiled.memory is None:
         return None
-    return sum(bytes_by_axes(compiled.collectives).values())
+    return sum(bytes_by_axes(compiled.collectives, taken).values())

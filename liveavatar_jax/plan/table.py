@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from liveavatar_jax.parallel.collectives import Collective, bytes_by_axes
+from liveavatar_jax.parallel.collectives import bytes_by_axes
 from liveavatar_jax.plan.chips import GIB
 from liveavatar_jax.plan.cost import Cost
 from liveavatar_jax.plan.projection import PUBLISHED_SECONDS, Projection
@@ -37,7 +37,7 @@ def to_text(report: Report) -> str:
         f"{chip.name}, {report.mesh}, {width}x{height}, {report.weights} weights    "
         f"[{chip.source}]",
         _memory(report),
-        *(_collectives(name, c.collectives) for name, c in report.compiled.items()),
+        *(_collectives(report, name) for name in report.compiled),
         _costs(report.costs),
         _projections(report),
     ]
@@ -69,8 +69,9 @@ def _gib(size: float | int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _collectives(name: str, found: Sequence[Collective]) -> str:
+def _collectives(report: Report, name: str) -> str:
     """The largest ones, and all by axes."""
+    found = report.compiled[name].collectives
     if not found:
         return ""
     same = Counter(dataclasses.replace(each, groups=()) for each in found)
@@ -82,7 +83,7 @@ def _collectives(name: str, found: Sequence[Collective]) -> str:
         times = "?" if each.times is None else str(each.times)
         cells = ("+".join(each.axes), each.kind + where, each.shape[:40], times, str(same[each]))
         lines.append((*cells, f"{sent[each] / 1e6:.3f}"))
-    for axes, sum_ in bytes_by_axes(found).items():
+    for axes, sum_ in bytes_by_axes(found, report.injected).items():
         lines.append(("+".join(axes), "all of a run", "", "", "", f"{sum_ / 1e6:.3f}"))
     return _table((f"{name}: axis", "collective", "shape", "times", "count", "MB sent"), lines)
 
