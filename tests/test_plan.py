@@ -339,6 +339,7 @@ def test_enough_warm_blocks_and_playback_never_waits():
     assert enough is not None and enough > 1
 
     def stalls(warm: int) -> bool:
+        assert p.opening is not None
         tick, opening = p.tick(share), p.steps * p.opening.at(share)
         late, clock = False, opening
         for k in range(60):
@@ -354,3 +355,5 @@ def test_enough_warm_blocks_and_playback_never_waits():
 
     assert not stalls(enough) and stalls(enough - 1)
     assert project(ModelConfig(), PUBLISHED, chip("v5e"), steps=4).warm_blocks(share) is None
+    three = project(ModelConfig(), PUBLISHED, chip("h800"), steps=3)
+    assert three.first_frame_warm(share) is None  # 40 heads do not part over 3 stages

@@ -68,7 +68,7 @@ class Projection:
     stage: Roofline
     decoder: Roofline
     refresh: Roofline  # what a tick takes longer when the sink is made anew
-    opening: Roofline  # one step of the first block, its tokens parted over all stages
+    opening: Roofline | None  # a step of the first block, on all stages; None: heads do not part
     efficiency: float
     shared: bool  # the decoder runs on the stages' devices, after their tick
     frames: int  # of a block
@@ -86,19 +86,22 @@ class Projection:
         """The first block through all steps, and decoded; without the wait for audio."""
         return self.steps * self.stage.at(efficiency) + self.decoder.at(efficiency)
 
-    def first_frame_warm(self, efficiency: float) -> float:
+    def first_frame_warm(self, efficiency: float) -> float | None:
         """The same where all stages work on the first block together, step by step."""
+        if self.opening is None:
+            return None
         return self.steps * self.opening.at(efficiency) + self.decoder.at(efficiency)
 
     def warm_blocks(self, efficiency: float) -> int | None:
         """How many blocks all stages have to make together so that playback does not wait at the
         hand-over or later, for the pipeline fills while they play; None if none are enough."""
-        if self.fps(efficiency) < VIDEO_FPS:
+        if self.fps(efficiency) < VIDEO_FPS or self.opening is None:
             return None
         return next((n for n in range(1, 101) if self._unbroken(n, efficiency)), None)
 
     def _unbroken(self, warm: int, efficiency: float) -> bool:
         """Whether from the hand-over on each block is there when the one before it was shown."""
+        assert self.opening is not None
         opening, tick = self.steps * self.opening.at(efficiency), self.tick(efficiency)
         opening += self.shared * self.decoder.at(efficiency)
         refresh, due = self.refresh.at(efficiency), self.sink_after
@@ -145,14 +148,16 @@ def project(
     alone = dataclasses.replace(size, rows=1)  # streams open, and renew their sink, one by one
     pixels = dataclasses.replace(size, weight_bytes=4)  # the VAE's weights are float32
     beside = sharing(decoders, min(steps * tensor * sequence, chip.host), size.width)
-    if opening is None:
-        opening = reduced(cfg, alone, tensor, parts)
+    together = None
+    if cfg.dit.heads % (parts * tensor) == 0:
+        sent_once = reduced(cfg, alone, tensor, parts) if opening is None else opening
+        together = roofline(forward(cfg, alone).split(tensor, parts), chip, weights, sent_once)
     return Projection(
         steps=steps,
         sessions=size.rows,
         stage=roofline(stage, chip, weights, sent),
         refresh=roofline(prefill(cfg, alone).split(tensor, sequence), chip, weights),
-        opening=roofline(forward(cfg, alone).split(tensor, parts), chip, weights, opening),
+        opening=together,
         decoder=roofline(decode(cfg, pixels).split(sequence=beside), chip),
         efficiency=efficiency(weights if weights in chip.peak else "bf16"),
         shared=not decoders,

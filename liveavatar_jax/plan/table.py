@@ -118,7 +118,8 @@ def _projections(report: Report) -> str:
             (str(p.steps), str(p.sessions), _ms(p.stage.seconds), p.stage.limit,
              _ms(p.decoder.seconds), f"{p.fps(1.0):.1f}", _ms(p.stage.at(share)),
              _ms(p.refresh.at(share)), f"{p.fps(share):.1f}", "yes" if p.real_time else "no",
-             f"{first:.2f}", f"{warm:.2f}", f"{first - warm:.2f}",
+             f"{first:.2f}",
+             *(("-", "-") if warm is None else (f"{warm:.2f}", f"{first - warm:.2f}")),
              "none" if blocks is None else str(blocks),
              _gib(report.needed(p.sessions)), _verdict(report, p))
         )  # fmt: skip
@@ -133,7 +134,8 @@ second `ms` on: the projection, at the share of the roofline ({share:.2f}) that 
 reaches on H800 ({published}); on other chips that is an assumption.
 `refresh`: each of as many ticks as there are steps is longer by it when a session renews its sink,
 once. `first`: the pipeline fills; `warm`: all stages make the first block together; `blocks`: the
-least `--warm N` with which playback at 25 FPS does not wait while the pipeline fills.
+least `--warm N` with which playback at 25 FPS does not wait while the pipeline fills; `-` where
+the heads cannot be parted over all stages.
 `GiB`: a device of a stage with all its programs."""
 
 
