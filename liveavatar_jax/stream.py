@@ -296,31 +296,27 @@ def refreshed(
 ) -> KV:
     """The sink: with block `sink_after` it becomes our own first frame instead of the portrait.
 
-    A loop over the rows that are due, mostly none: they come at different times, a prefill costs
-    most of a denoising step, and a loop leaves the sink where it is.
+    Row by row, for they come at different times and a prefill costs most of a denoising step. A
+    branch in a counted loop: a loop over the rows that are due crashes the compiler of jax 0.11.2
+    inside `shard_map`, and that of 0.10.2 moves a single row's prefill out of it, into every tick.
     """
-    sink, motion = state.cache.sink, state.motion
     if model.cfg.sink_after is None:
-        return sink
+        return state.cache.sink
+    motion, due = state.motion, flight.live & (flight.block == model.cfg.sink_after)
 
-    def one_row(carry: tuple[KV, Array]) -> tuple[KV, Array]:
-        sink, due = carry
-        row = jnp.argmax(due)
-
+    def renew(row: Array, sink: KV) -> KV:
         def of(tree, axis: int):
-            """The row, hanging on the carry: a single row's prefill would else depend on nothing in
-            the loop, and XLA moves such things out of it, here into every tick."""
             pick = lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis)
-            return jax.tree.map(
-                lambda a: jnp.where(due[row], pick(a), jnp.zeros_like(pick(a))), tree
-            )
+            return jax.tree.map(pick, tree)
 
         fresh = model.dit.prefill(of(flight.first, 0), of(motion, 0), of(state.text, 1), layout)
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 1)
-        return jax.tree.map(put, sink, fresh), due & (jnp.arange(len(due)) != row)
+        return jax.tree.map(put, sink, fresh)
 
-    due = flight.live & (flight.block == model.cfg.sink_after)
-    return jax.lax.while_loop(lambda carry: carry[1].any(), one_row, (sink, due))[0]
+    def one_row(row: Array, sink: KV) -> KV:
+        return jax.lax.cond(due[row], lambda sink: renew(row, sink), lambda sink: sink, sink)
+
+    return jax.lax.fori_loop(0, len(due), one_row, state.cache.sink)
 
 
 def own_first(first: Float[Array, "b 1 h w c"], flight: InFlight) -> Float[Array, "b 1 h w c"]:

@@ -307,14 +307,13 @@ def test_the_state_is_never_held_twice(as_shipped):
 
 
 def test_a_sink_that_is_not_due_costs_nothing(as_shipped):
-    """The prefill stays in the loop over the rows that are due. (For a single row it was once moved
-    out by XLA: the entry then runs a loop over layers, too.)"""
+    """The prefill stays in its branch. (In a loop over the rows that are due XLA once moved a
+    single row's out of it: the entry ran the loop over layers, too.)"""
     show = Show("stage=4")
     state, flight = show.open(0), jax.tree.map(lambda a: a[0], show.state.flight)
     program = jax.jit(stream.refreshed).lower(avatar(), state, flight).compile()
     _, _, entry = program.as_text().partition("\nENTRY ")
-    assert entry.count(" while(") == 1
-    assert entry.count(" dot(") == 3  # of the embedding of level 0, which is as good as nothing
+    assert "conditional(" in entry and " while(" not in entry and " dot(" not in entry
 
 
 def test_weights_of_the_published_size_have_a_place():
