@@ -164,6 +164,8 @@ def test_every_spelling_is_read():
     assert exchanged.groups == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert (sent.kind, sent.axes, sent.bytes) == ("collective-permute", ("stage",), 270)
     assert not sent.in_loop and not sent.in_branch and sent.groups[0] == (0, 2)
+    assert bytes_by_axes([sent, exchanged]) == {("stage",): 270.0}  # no loop, so a sink's refresh
+    exchanged = dataclasses.replace(exchanged, in_loop=True)
     half = bytes_by_axes([sent, sent, exchanged], taken=0.5)
     assert half == {("stage",): 540.0 + 0.5 * 32 * 3 / 4}
 

@@ -79,12 +79,13 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 def bytes_by_axes(found: Iterable[Collective], taken: float = 1.0) -> dict[tuple[str, ...], float]:
     """Bytes that one device sends in a run of the program, by the axes they travel along.
 
-    Branches run `taken` of the times. Loops whose count depends on data are left out: here that
-    is the refresh of a sink, and a steady tick has none.
+    Branches in a loop run `taken` of the times: layers that hear audio. Left out are loops whose
+    count depends on data, branches outside of all loops, and loops in branches: here that is the
+    refresh of a sink, and a steady tick has none.
     """
     total: dict[tuple[str, ...], float] = defaultdict(float)
     for each in found:
-        share = taken if each.in_branch else 1.0
+        share = taken * each.in_loop if each.in_branch else 1.0
         total[each.axes] += each.sent * (each.times or 0) * share
     return dict(total)
 
@@ -147,6 +148,8 @@ def _calls(
     if "body" in called:
         trips = _trips(line, computations.get(called.get("condition", ""), ()))
         times = None if trips is None or run.times is None else run.times * trips
+        if run.in_branch:
+            times = None
         looped = dataclasses.replace(run, times=times, in_loop=True)
         found += [(called[key], looped) for key in ("body", "condition")]
     branches = [called[key] for key in ("true_computation", "false_computation") if key in called]
