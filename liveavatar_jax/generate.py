@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,8 @@ def generate(request: Request) -> Report:
         stack.enter_context(jax.default_matmul_precision(precision))
         context = encode_prompt(request.weights, cfg, request.prompt)
         heard = with_lead(hear(request.weights, cfg, request.audio, moments))
-        chunks = (stream.Chunk(audio=jnp.asarray(block)[None, None]) for block in heard)
+        # On the host: as a device array it would wait for the blocks in progress.
+        chunks = (stream.Chunk(audio=cast(Array, block[None, None])) for block in heard)
         first = next(chunks) if hosts.is_first() else None
 
         print("compiling ...", file=sys.stderr)  # minutes, at the published size
@@ -172,7 +174,8 @@ def hear(
 ) -> Iterator[Float[np.ndarray, "12 layers c"]]:
     """Speech features block by block, for ever: silence follows the end of the file."""
     if cfg.speech_fits:
-        encoder: SpeechEncoder = load(folder, "speech")
+        # On the last device: the first one is the most in demand where there are several.
+        encoder: SpeechEncoder = jax.device_put(load(folder, "speech"), jax.local_devices()[-1])
         window = speech.SpeechWindow.for_files()
         encode, silence = functools.partial(jax.jit(window_features), encoder), 0.0
     else:
@@ -189,7 +192,8 @@ def hear(
             yield block
         yield from itertools.repeat(np.full_like(block, silence))
 
-    return blocks()  # after the encoder is loaded, which all processes do together
+    # All processes load the encoder together; one needs it.
+    return blocks() if hosts.is_first() else iter(())
 
 
 def with_lead(

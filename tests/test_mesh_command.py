@@ -105,7 +105,9 @@ def test_a_lost_process_ends_the_other_with_a_sentence(four_heads, tmp_path):
         first.send(signal.SIGKILL)
         assert last.wait(10 + 5 + 2) == 2
         said = [line for line in last.err.splitlines() if "lost" in line]
-        assert len(said) == 1 and "start all of them again" in said[0] and "Traceback" not in last.err
+        assert (
+            len(said) == 1 and "start all of them again" in said[0] and "Traceback" not in last.err
+        )
     with av.open(str(out)) as file:  # what had come is there
         assert sum(1 for _ in file.decode(video=0)) > 0
 

@@ -147,9 +147,9 @@ class Show:
     "spec, warm, cfg",
     [
         ("stage=4,vae=1", 0, NET),
-        ("stage=4", 2, NET),
+        ("stage=4", 5, NET),
         ("stage=4,tensor=2", 1, NET),
-        ("stage=4,sequence=2", 5, NET),
+        ("stage=4,sequence=2", 0, NET),
         ("stage=3", 0, THREE),  # which does not divide the heads
     ],
 )
@@ -233,6 +233,18 @@ def test_the_second_bubble_and_a_decoder_parted_by_columns_or_streams(rows):
     assert shard == ((1, 12, 48, 40, 3) if rows == 1 else (1, 12, 48, 80, 3))
     off = np.abs(np.stack(out).astype(int) - np.stack(want).astype(int))
     assert off.max() <= 1 and (off > 0).mean() < 1e-3  # bytes, rounded
+
+
+def test_sinks_of_two_streams_are_renewed_in_the_same_tick():
+    show = Show("stage=4", rows=2)
+    for row in (0, 1):
+        show.insert(show.open(row), row)
+    for block in range(7):
+        show.tick(chunk(0, block), chunk(1, block))
+    for _ in range(show.pipe.delay):
+        show.tick()
+    for row in (0, 1):
+        same(show.latents(row), alone(row)[:7])
 
 
 def test_a_stage_idles_before_its_first_block():
@@ -369,6 +381,24 @@ def test_what_cannot_be_pipelined_is_refused():
     show = Show("stage=4")
     with pytest.raises(LiveAvatarError, match="row 1 is not one"):
         show.insert(show.open(0), 1)
+    state = show.open(0)
+    two = jax.tree.map(lambda a: jnp.concatenate([a, a]), portrait(0))
+    with pytest.raises(LiveAvatarError, match="reference has shape"):
+        show.pipe.start(show.model, two, context(0), jax.random.key(0))
+    wide = Pipeline(NET, MeshSpec.parse("stage=4"), HEIGHT, 2 * WIDTH)
+    with pytest.raises(LiveAvatarError, match="the session's .* has shape"):
+        wide.insert(wide.empty(), state, 0)
+    with pytest.raises(LiveAvatarError, match="takes one of 160 x 48 pixels"):
+        wide.portrait(show.model, np.zeros((1, 48, 80, 3), np.float32))
+    for field, given in (("live", [True]), ("epoch", [1, 2, 3]), ("pose", np.zeros((2, 3)))):
+        bad = dataclasses.replace(chunk(0, 0), **{field: np.asarray(given)})
+        with pytest.raises(LiveAvatarError, match=f"chunk.{field} has shape|chunk.audio"):
+            Pipeline(NET, MeshSpec.parse("stage=4"), HEIGHT, WIDTH, rows=2).filled(bad, 2)
+    with pytest.raises(LiveAvatarError, match="at least 1"):
+        Pipeline(NET, MeshSpec(stage=4, tensor=0), HEIGHT, WIDTH)
+    pair = Pipeline(NET, MeshSpec.parse("stage=4"), HEIGHT, WIDTH, speakers=2)
+    with pytest.raises(LiveAvatarError, match="speakers is nothing"):
+        pair.start(show.model, portrait(0), context(0), jax.random.key(0))
     three = Show("stage=3", THREE)
     with pytest.raises(LiveAvatarError, match="8 heads do not divide over 3 devices"):
         three.pipe.warm(three.model, three.open(0), chunk(0, 0))
@@ -388,7 +418,8 @@ def test_a_tpu_program_keeps_its_kernels(spec):
     shapes = pipe.shapes
     said = jax.eval_shape(lambda: stages.lead(stages.zeros(shapes.chunk), mesh.stage))
     blank = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, pipe.blank()))
-    opening = (blank, jnp.zeros((1, 1, DIT.text_dim)), jax.random.key(0), None)
+    masks = jnp.ones((1, 1, HEIGHT * WIDTH // 4))
+    opening = (blank, jnp.zeros((1, 1, DIT.text_dim)), jax.random.key(0), masks)
     programs = [
         (pipe._tick, (shapes.stages, shapes.flight, said)),
         (pipe._start, opening),

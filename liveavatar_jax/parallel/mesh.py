@@ -70,6 +70,8 @@ class MeshSpec:
         """Refuses what does not divide, by name; `width` is that of the latents, `rows` the
         streams at once."""
         steps, heads, ffn = cfg.stream.steps, cfg.dit.heads, cfg.dit.ffn_dim
+        if min(self.stage, self.tensor, self.sequence, rows) < 1 or self.vae < 0:
+            raise LiveAvatarError(f"mesh {self} for {rows} streams: every size must be at least 1")
         if cfg.stream.history is not None:
             raise LiveAvatarError(
                 f"StreamConfig.history = {cfg.stream.history} needs each block clean before the "

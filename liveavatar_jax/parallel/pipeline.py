@@ -42,6 +42,7 @@ from liveavatar_jax.parallel.sharding import (
     shardings,
     spec_of,
 )
+from liveavatar_jax.paths import leaves
 from liveavatar_jax.stream import Avatar, Chunk, InFlight, Portrait, StreamState
 from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError, UInt8, struct
 
@@ -147,7 +148,12 @@ class Pipeline:
 
     def portrait(self, model: Placed, picture: Float[Any, "b H W 3"]) -> Portrait:
         """`stream.encode_portrait` on the decoder's devices."""
-        vae, width = self.meshes.vae, self.shapes.session.first.shape[3]
+        vae, (_, _, height, width, _) = self.meshes.vae, self.shapes.session.first.shape
+        if picture.shape != (1, 8 * height, 8 * width, 3):
+            raise LiveAvatarError(
+                f"picture has shape {picture.shape}; this pipeline takes one of {8 * width} x "
+                f"{8 * height} pixels, (1, {8 * height}, {8 * width}, 3)"
+            )
         columns = P(None, None, VAE) if width % vae.size == 0 else P()
         given = jax.device_put(picture, NamedSharding(vae, columns))
         return self._portrait(model.decoder, given)
@@ -163,8 +169,23 @@ class Pipeline:
         """A stream before its first block, as `stream.start`; its decoder is the portrait's.
 
         In several processes all give equal arguments, but only the one that decodes needs the
-        portrait's decoder.
+        portrait's decoder. `speakers` masks patches, everything for one speaker by default.
+
+        Raises LiveAvatarError when the portrait or the masks are not of this pipeline's size.
         """
+        _, many, _, patches = self.shapes.session.speakers.shape
+        if speakers is None and many == 1:
+            speakers = np.ones((1, 1, patches), np.float32)
+        if speakers is None or speakers.shape != (1, many, patches):
+            given = "nothing" if speakers is None else speakers.shape
+            raise LiveAvatarError(
+                f"speakers is {given}; this pipeline takes a mask of (1, {many}, {patches})"
+            )
+        if portrait.reference.shape != self.shapes.session.first.shape:
+            raise LiveAvatarError(
+                f"the portrait's reference has shape {portrait.reference.shape}; this pipeline "
+                f"takes {self.shapes.session.first.shape}, as its `portrait` makes it"
+            )
         bare = dataclasses.replace(portrait, decoder=None)
         missing = max(0, self.cfg.dit.text_len - context.shape[1])
         context = np.pad(np.asarray(context), ((0, 0), (0, missing), (0, 0)))  # else a program each
@@ -181,8 +202,8 @@ class Pipeline:
 
         Tokens are parted over the stages, and in attention heads, so each device keeps its heads
         of every step's ring, until `insert` hands each ring to the stage that owns the step. All
-        processes give equal chunks. Donates `session`. Raises LiveAvatarError when the heads
-        cannot be parted.
+        processes give equal chunks. The streams in the pipeline wait meanwhile. Donates `session`.
+        Raises LiveAvatarError when the heads cannot be parted.
         """
         if not self.can_warm:
             raise LiveAvatarError(
@@ -203,13 +224,20 @@ class Pipeline:
         return PipelineState(stages=own, flight=flight, decoder=decoder)
 
     def insert(self, state: PipelineState, session: StreamState, row: int) -> PipelineState:
-        """The stream takes a row, whose blocks in flight are dropped. Donates `state`.
+        """The stream takes a row, whose blocks in flight are dropped. Donates `state`; let go of
+        `session`, whose rings are as large as a row's.
 
-        Raises LiveAvatarError when there is no such row.
+        Raises LiveAvatarError when there is no such row, or the stream is of another size.
         """
         if not 0 <= row < self.rows:
             raise LiveAvatarError(f"row {row} is not one of the pipeline's 0..{self.rows - 1}")
         decoder, bare = state.decoder, dataclasses.replace(session, decoder=None)
+        for path, wanted in leaves(self.shapes.session).items():
+            if leaves(bare)[path].shape != wanted.shape:
+                raise LiveAvatarError(
+                    f"the session's {path} has shape {leaves(bare)[path].shape}; this pipeline "
+                    f"takes {wanted.shape}: start it here, one stream at a time"
+                )
         at = np.int32(row)
         own, flight = self._insert(state.stages, state.flight, bare, at)
         if self.decodes:
@@ -219,7 +247,10 @@ class Pipeline:
     def step(
         self, model: Placed, state: PipelineState, chunk: Chunk | None
     ) -> tuple[PipelineState, Clip | None]:
-        """`tick`, and the frames of what left: None in a process that does not decode."""
+        """`tick`, and the frames of what left: None in a process that does not decode.
+
+        Where there are more stages than blocks before the sink is renewed, see `wait`.
+        """
         state, leaving = self.tick(model, state, chunk)
         return self.decode(model, state, leaving)
 
@@ -257,7 +288,9 @@ class Pipeline:
             decoder = self.portrait(model, picture).decoder
             portrait = dataclasses.replace(portrait, decoder=decoder)
         context = np.zeros((1, self.cfg.dit.text_len, self.cfg.dit.text_dim), np.float32)
-        session = self.start(model, portrait, context, jax.random.key(0))
+        _, many, _, patches = self.shapes.session.speakers.shape
+        masks = np.ones((1, many, patches), np.float32)
+        session = self.start(model, portrait, context, jax.random.key(0), masks)
         if self.can_warm:
             session, _ = self.warm(model, session, self.filled(None, 1))
         state = self.insert(self.empty(), session, 0)
@@ -332,18 +365,25 @@ class Pipeline:
         return jax.tree.map(lead, chunk)
 
     def filled(self, chunk: Chunk | None, rows: int) -> Chunk:
-        """The chunk with every field that the programs take, on the host."""
+        """The chunk with every field that the programs take, on the host; None is a bubble.
+
+        Raises LiveAvatarError for a field of another shape.
+        """
         fields: dict[str, Any] = {}
         for name, shape in vars(self.shapes.chunk).items():
             given = chunk and getattr(chunk, name)
-            if given is not None:
-                fields[name] = np.asarray(given)
-            elif shape is None:
+            wanted = shape and (rows, *shape.shape[1:])
+            if given is not None and np.shape(given) != wanted:
+                raise LiveAvatarError(
+                    f"chunk.{name} has shape {np.shape(given)}; this pipeline takes {wanted}"
+                )
+            if shape is None:
                 fields[name] = None
-            elif name == "live" and chunk is not None:
-                fields[name] = np.ones(rows, bool)
+            elif given is not None:
+                fields[name] = np.asarray(given, shape.dtype)
             else:
-                fields[name] = np.zeros((rows, *shape.shape[1:]), shape.dtype)
+                spoken = name == "live" and chunk is not None
+                fields[name] = np.full((rows, *shape.shape[1:]), spoken, shape.dtype)
         return Chunk(**fields)
 
     def _decoded(

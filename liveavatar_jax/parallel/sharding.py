@@ -53,8 +53,6 @@ def of_decoder(rows: int, width: int, devices: int) -> Table:
     return ((r"", (VAE, None)),) if width % devices == 0 else ()
 
 
-
-
 def spec_of(path: str, ndim: int, table: Table, lead: tuple[Axis, ...] = ()) -> P | None:
     """The spec of one leaf, None if no row matches; `lead` names its first axes."""
     for pattern, last in table:

@@ -30,6 +30,7 @@ def tick(
     ring = stages.cache.ring  # as it is: a view of it would be a copy
     own, arrived, chunk = jax.tree.map(lambda a: a[0], (stages, flight, chunk))
     own = dataclasses.replace(own, first=stream.own_first(own.first, arrived))
+    # On all stages, though the first alone needs it: a tick lasts as long as its longest stage.
     own, entering = stream.enter(model, own, stream.draw(model, own), chunk)
     flight = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), entering, arrived)
 
