@@ -386,7 +386,7 @@ def test_what_cannot_be_pipelined_is_refused():
     with pytest.raises(LiveAvatarError, match="reference has shape"):
         show.pipe.start(show.model, two, context(0), jax.random.key(0))
     wide = Pipeline(NET, MeshSpec.parse("stage=4"), HEIGHT, 2 * WIDTH)
-    with pytest.raises(LiveAvatarError, match="the session's .* has shape"):
+    with pytest.raises(LiveAvatarError, match=r"the session's .* has shape"):
         wide.insert(wide.empty(), state, 0)
     with pytest.raises(LiveAvatarError, match="takes one of 160 x 48 pixels"):
         wide.portrait(show.model, np.zeros((1, 48, 80, 3), np.float32))
