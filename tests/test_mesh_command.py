@@ -38,8 +38,8 @@ sys.exit(code)
 
 
 @pytest.fixture(scope="module")
-def four_heads(tmp_path_factory) -> Path:
-    return saved(tmp_path_factory.mktemp("weights") / "mesh", heads=4)
+def eight_heads(tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("weights") / "mesh", dim=64, heads=8)
 
 
 def frames(monkeypatch, *argv: str) -> np.ndarray:
@@ -62,16 +62,16 @@ def close(ours: np.ndarray, want: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def want(four_heads, tmp_path_factory) -> np.ndarray:
+def want(eight_heads, tmp_path_factory) -> np.ndarray:
     """Frames of one device."""
     with pytest.MonkeyPatch.context() as patch:
         out = tmp_path_factory.mktemp("want") / "out.mp4"
-        return frames(patch, *command(four_heads, out))
+        return frames(patch, *command(eight_heads, out))
 
 
-def test_a_mesh_makes_the_same_video(four_heads, want, tmp_path, monkeypatch, capfd):
+def test_a_mesh_makes_the_same_video(eight_heads, want, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out.mp4"
-    argv = command(four_heads, out, "--mesh", "stage=4,vae=2", "--warm", "2")
+    argv = command(eight_heads, out, "--mesh", "stage=4,vae=2", "--warm", "2")
     close(frames(monkeypatch, *argv), want)
     assert f"{len(want)} frames" in capfd.readouterr().out
     with av.open(str(out)) as file:
@@ -87,20 +87,20 @@ def in_two(folder: Path, out: Path, *more: str):
         del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
-def test_two_processes_make_the_same_video(four_heads, want, tmp_path):
+def test_two_processes_make_the_same_video(eight_heads, want, tmp_path):
     """Only the first one has the portrait, and only the last one writes."""
     out = tmp_path / "out.mp4"
-    with in_two(four_heads, out) as (first, last):
+    with in_two(eight_heads, out, "--warm", "1") as (first, last):
         assert (first.wait(240), last.wait(30)) == (0, 0), (first.err, last.err)
         assert "wrote" not in first.out and f"{len(want)} frames" in last.out
     close(np.load(out.with_suffix(".npy")), want)
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_other_with_a_sentence(four_heads, tmp_path):
+def test_a_lost_process_ends_the_other_with_a_sentence(eight_heads, tmp_path):
     out, long = tmp_path / "out.mp4", tmp_path / "long.wav"
     soundfile.write(long, np.random.default_rng(0).normal(0, 0.1, 16_000 * 600), 16_000)
-    with in_two(four_heads, out, "--audio", str(long)) as (first, last):
+    with in_two(eight_heads, out, "--audio", str(long)) as (first, last):
         last.wait_for("wrote", 240)
         first.send(signal.SIGKILL)
         assert last.wait(10 + 5 + 2) == 2
@@ -117,18 +117,18 @@ def test_a_lost_process_ends_the_other_with_a_sentence(four_heads, tmp_path):
     [
         (["--mesh", "stage=3"], "does not match the 4 denoising steps"),
         (["--mesh", "stage=4", "--steps", "3"], "use stage=3 or --steps 4"),
-        (["--mesh", "stage=4,tensor=3"], "does not divide the 4 attention heads"),
+        (["--mesh", "stage=4,tensor=3"], "does not divide the 8 attention heads"),
         (["--mesh", "stage=4,tensor=4"], "needs 16 devices"),
         (["--mesh", "4"], "'4' is not understood"),
         (["--warm", "1"], "--warm is for a mesh"),
-        (["--mesh", "stage=4,tensor=2", "--warm", "1"], "shares the 4 heads out over all 8"),
+        (["--mesh", "stage=3", "--steps", "3", "--warm", "1"], "shares the 8 heads out over all 3"),
         (["--mesh", "stage=4", "--warm", "-1"], "--warm -1 must be at least 0"),
         (["--fake-devices", "2"], "comes too late"),
         (["--coordinator", "127.0.0.1:1"], "--processes and --process-id missing"),
     ],
 )
-def test_bad_meshes_are_one_sentence(four_heads, tmp_path, capsys, more, words):
-    assert cli.main(command(four_heads, tmp_path / "out.mp4", *more)) == 2
+def test_bad_meshes_are_one_sentence(eight_heads, tmp_path, capsys, more, words):
+    assert cli.main(command(eight_heads, tmp_path / "out.mp4", *more)) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in said and said.startswith("liveavatar-jax: ")
     assert not (tmp_path / "out.mp4").exists()
