@@ -188,7 +188,8 @@ class Pipeline:
             )
         bare = dataclasses.replace(portrait, decoder=None)
         missing = max(0, self.cfg.dit.text_len - context.shape[1])
-        context = np.pad(np.asarray(context), ((0, 0), (0, missing), (0, 0)))  # else a program each
+        # One length and one dtype: else each is a program of its own.
+        context = np.pad(np.asarray(context, np.float32), ((0, 0), (0, missing), (0, 0)))
         given = self._everywhere((bare, context, key, speakers))
         with jax.set_mesh(self.meshes.stages):
             session = self._start(model.stages, *given)
@@ -232,11 +233,12 @@ class Pipeline:
         if not 0 <= row < self.rows:
             raise LiveAvatarError(f"row {row} is not one of the pipeline's 0..{self.rows - 1}")
         decoder, bare = state.decoder, dataclasses.replace(session, decoder=None)
+        given = leaves(bare)
         for path, wanted in leaves(self.shapes.session).items():
-            if leaves(bare)[path].shape != wanted.shape:
+            if given[path].shape != wanted.shape:
                 raise LiveAvatarError(
-                    f"the session's {path} has shape {leaves(bare)[path].shape}; this pipeline "
-                    f"takes {wanted.shape}: start it here, one stream at a time"
+                    f"the session's {path} has shape {given[path].shape}; this pipeline takes "
+                    f"{wanted.shape}: start it here, one stream at a time"
                 )
         at = np.int32(row)
         own, flight = self._insert(state.stages, state.flight, bare, at)
