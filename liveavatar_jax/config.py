@@ -35,6 +35,7 @@ class DiTConfig:
     audio_tokens: int = 4  # learned tokens per latent frame, one padding token is added
     inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
     attention: str = "auto"  # "auto" | "chunked" | "cudnn" | "pallas"
+    remat: str = "none"  # what a gradient keeps: "none" | "dots" | "full" | "offload"
     param_dtype: str = "bfloat16"
 
     def __post_init__(self):
@@ -47,6 +48,8 @@ class DiTConfig:
         _require(ascending, self, "inject_layers", "ascend without repeats")
         known = ("auto", "chunked", "cudnn", "pallas")
         _require(self.attention in known, self, "attention", f"be one of {', '.join(known)}")
+        known = ("none", "dots", "full", "offload")
+        _require(self.remat in known, self, "remat", f"be one of {', '.join(known)}")
 
     @property
     def head_dim(self) -> int:

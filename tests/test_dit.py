@@ -12,6 +12,7 @@ from flax import nnx
 from liveavatar_jax.config import DiTConfig
 from liveavatar_jax.models.attention import KV, KVCache
 from liveavatar_jax.models.audio import AudioTokens
+from liveavatar_jax.models.clip import Condition, causal
 from liveavatar_jax.models.dit import CausalDiT
 from liveavatar_jax.types import LiveAvatarError
 
@@ -46,9 +47,8 @@ def given(frames: int, cfg: DiTConfig = CFG):
 @functools.partial(jax.jit, static_argnames="block_frames")
 def whole(dit, x, sigma, reference, motion, text, audio, block_frames=BLOCK):
     everywhere = jnp.ones((1, 1, 1, PATCHES))
-    return dit(
-        x, sigma, reference, motion, text, audio, block_frames=block_frames, speakers=everywhere
-    )
+    condition = Condition(reference, motion, text, audio, everywhere)
+    return causal(dit, x, sigma, condition, block_frames=block_frames)
 
 
 @jax.jit

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from liveavatar_jax.config import DiTConfig
 from liveavatar_jax.models import lora
+from liveavatar_jax.models.dit import CausalDiT
 from liveavatar_jax.types import LiveAvatarError
+
+from .networks import random
 
 SUFFIXES = ("q", "out")
 
@@ -98,3 +102,23 @@ def test_a_lora_of_another_module_is_refused(net):
     for use in (lora.apply, lora.merge):
         with pytest.raises(LiveAvatarError, match=r"adapts layers\.k\.kernel, which"):
             use(net, factors, 0.5)
+
+
+def test_attached_factors_compute_what_applied_ones_do():
+    """And the gradient into the factors is the same, without one of the kernels."""
+    dit = random(lambda: CausalDiT(DiTConfig.tiny(), rngs=nnx.Rngs(0)))
+    factors = random_lora(dit, ("q", "ffn_in"))
+    sigma = jnp.full((1, 2), 0.4)
+
+    def level(adapted):  # cheap, and through stacked and through scanned layers
+        heads = jax.vmap(lambda block, e: block.self_attn.q(e[0, 0, :1]))(
+            adapted.blocks, jnp.repeat(dit.level(sigma).blocks[None], dit.cfg.layers, 0)
+        )
+        return jnp.sum(heads**2)
+
+    want, grads = jax.value_and_grad(lambda f: level(lora.apply(dit, f, 0.5)))(factors)
+    got, ours = jax.value_and_grad(lambda f: level(lora.attach(dit, f, 0.5)))(factors)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-3), ours, grads)
+    with pytest.raises(LiveAvatarError, match=r"adapts nowhere\.kernel"):
+        lora.attach(dit, {"nowhere.kernel": factors["blocks.ffn_in.kernel"]}, 0.5)

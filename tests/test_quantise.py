@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from liveavatar_jax.config import DiTConfig, ModelConfig
+from liveavatar_jax.models.clip import Condition, causal
 from liveavatar_jax.models.dit import CausalDiT
 from liveavatar_jax.models.layers import Linear
 from liveavatar_jax.models.quantise import FORMATS, QuantisedLinear, quantise
@@ -143,16 +144,15 @@ def velocity(dit: CausalDiT) -> jax.Array:
     """Of two blocks, from every kind of condition."""
     f, h, w = 6, 8, 8
     features = normal(1, 1, 1, 5 + 4 * f, CFG.audio_layers, CFG.audio_dim)
-    return dit(
-        normal(4, 1, f, h, w, 16),
-        jnp.linspace(0.2, 1.0, f)[None],
-        normal(2, 1, 1, h, w, 16),
-        normal(3, 1, 19, h, w, 16),
-        dit.text(normal(0, 1, 4, CFG.text_dim)),
-        dit.audio(features),
-        block_frames=3,
+    given = Condition(
+        reference=normal(2, 1, 1, h, w, 16),
+        motion=normal(3, 1, 19, h, w, 16),
+        text=dit.text(normal(0, 1, 4, CFG.text_dim)),
+        audio=dit.audio(features),
         speakers=jnp.ones((1, 1, 1, h * w // 4)),
     )
+    x, sigma = normal(4, 1, f, h, w, 16), jnp.linspace(0.2, 1.0, f)[None]
+    return causal(dit, x, sigma, given, block_frames=3)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.015), ("fp8", 0.05)])

@@ -141,6 +141,7 @@ def _chunked(
         q, k, v, seen = head
         hidden = jnp.where(jnp.arange(len(k)) < seen, 0.0, -jnp.inf)[None]
 
+        @jax.checkpoint  # a gradient would else keep all scores
         def some_rows(q: Array) -> Array:
             score = jnp.dot(q, k.T, preferred_element_type=jnp.float32) + hidden
             weight = jnp.exp(score - score.max(axis=-1, keepdims=True))

@@ -1,7 +1,7 @@
-"""The causal DiT of Live Avatar: one block, one trunk, three uses.
+"""The causal DiT of Live Avatar: one block, one trunk, and the two uses of a stream.
 
 `prefill` runs the condition tokens and keeps their keys; `denoise` runs one block of the stream
-against a cache; `__call__` runs a whole clip block-causally, as training does.
+against a cache. Whole clips, as training sees them, are in `clip.py`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,6 @@ from liveavatar_jax.models.attention import (
     Attention,
     KVCache,
     Layout,
-    attention,
     overwrite,
 )
 from liveavatar_jax.models.audio import AudioAdapter, AudioTokens, Injector
@@ -33,9 +32,11 @@ from liveavatar_jax.models.condition import (
 from liveavatar_jax.models.layers import (
     LayerNorm,
     Linear,
+    Phase,
     along_last,
     grid_phase,
     modulate,
+    remat,
     rotate,
     timestep_sinusoid,
 )
@@ -163,7 +164,7 @@ class CausalDiT(nnx.Module):
         blocks = self.time_proj(jax.nn.silu(e))
         return Level(head=e, blocks=rearrange(blocks, "b f (m dim) -> b f m dim", m=6))
 
-    # ---- the three uses
+    # ---- the two uses
 
     def prefill(
         self,
@@ -173,21 +174,14 @@ class CausalDiT(nnx.Module):
         layout: Layout = ONE_DEVICE,
     ) -> KV:
         """The condition sink: unrotated keys and values ("l b n t d") of reference and motion."""
-        kinds = self.type_embedding[...].astype(reference.dtype)[:, None, None]
-        x = self.patch(patchify(reference, PATCH)) + kinds[REFERENCE]
-        if motion is not None:
-            x = jnp.concatenate([x, self.packer(motion) + kinds[MOTION]], axis=1)
-        turn = condition_phase(
-            *reference.shape[2:4], roll=jnp.zeros(1, jnp.int32), head_dim=self.cfg.head_dim
-        )
-        turn = jax.tree.map(lambda a: a[:, : x.shape[1]], turn)
+        x, turn = self.conditions(reference, motion)
 
         def attend(_: None, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
             q, turned = rotate(q, turn), rotate(k, turn)
             return layout.attention(q, turned, v, None, self.cfg.attention), KV(k=k, v=v)
 
         clean = self.level(jnp.zeros((len(x), 1))).blocks
-        _, sink = self._trunk(x[:, None], clean, text, attend, layout=layout)
+        _, sink = self.trunk(x[:, None], clean, text, attend, layout=layout)
         return sink
 
     def denoise(
@@ -213,11 +207,11 @@ class CausalDiT(nnx.Module):
         is shown; each row of the batch is a stream of its own.
         """
         _, f, h, w, _ = x.shape
-        turn = self._turn(position, f, h, w)
+        turn = self.turn(position, f, h, w)
         roll = jnp.maximum(0, position - (REFERENCE_POSITION - distance))
         sink_turn = condition_phase(h, w, roll=roll, head_dim=self.cfg.head_dim)
         sink_turn = jax.tree.map(lambda a: a[:, : cache.sink.tokens], sink_turn)
-        x = self._embed(x, pose)
+        x = self.embed(x, pose)
         p = x.shape[2]
         tokens = f * p
         # Blocks are compared, not tokens: tokens would overflow after four days of video.
@@ -235,55 +229,13 @@ class CausalDiT(nnx.Module):
             return layout.attention(q, keys, values, seen, self.cfg.attention), fresh
 
         memory = (jnp.arange(self.cfg.layers), cache.sink)
-        x, fresh = self._trunk(x, level.blocks, text, attend, memory, audio, speakers, layout)
+        x, fresh = self.trunk(x, level.blocks, text, attend, memory, audio, speakers, layout)
         y = layout.join(self.head(x, level.head), p)
-        return self._unpatchify(y, h, w), fresh
-
-    def __call__(
-        self,
-        x: Float[Array, "b f h w c"],
-        sigma: Float[Array, "b f"],
-        reference: Float[Array, "b 1 h w c"],
-        motion: Float[Array, "b m h w c"] | None,
-        text: KV,
-        audio: AudioTokens,
-        *,
-        block_frames: int,
-        speakers: Float[Array, "b a #f p"],
-        pose: Float[Array, "b f h w c"] | None = None,
-    ) -> Float[Array, "b f h w c"]:
-        """Velocity of a whole clip: a frame sees its own block, earlier ones, and the condition.
-
-        The condition tokens see only each other, so they are a prefill; and each block's queries
-        meet just the keys they may see, so no mask is needed and half the products are saved.
-        """
-        _, f, h, w, _ = x.shape
-        sink = self.prefill(reference, motion, text)
-        turn = self._turn(jnp.zeros(1, jnp.int32), f, h, w)
-        sink_turn = condition_phase(h, w, roll=jnp.zeros(1, jnp.int32), head_dim=self.cfg.head_dim)
-        sink_turn = jax.tree.map(lambda a: a[:, : sink.tokens], sink_turn)
-        level = self.level(sigma)
-        x = self._embed(x, pose)
-        step = block_frames * x.shape[2]
-
-        def attend(sink: KV, q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            q = rotate(q, turn)
-            keys = jnp.concatenate([rotate(sink.k, sink_turn), rotate(k, turn)], axis=2)
-            values = jnp.concatenate([sink.v, v], axis=2)
-            parts = []
-            for start in range(0, q.shape[2], step):
-                seen = sink.tokens + start + step
-                at = slice(start, start + step)
-                some = (q[:, :, at], keys[:, :, :seen], values[:, :, :seen])
-                parts.append(attention(*some, None, self.cfg.attention))
-            return jnp.concatenate(parts, axis=2), None
-
-        x, _ = self._trunk(x, level.blocks, text, attend, sink, audio, speakers)
-        return self._unpatchify(self.head(x, level.head), h, w)
+        return self.unpatchify(y, h, w), fresh
 
     # ---- what they share
 
-    def _trunk(
+    def trunk(
         self,
         x: Float[Array, "b f p dim"],
         level: Float[Array, "b f 6 dim"],
@@ -298,7 +250,8 @@ class CausalDiT(nnx.Module):
         does what `attend` keeps.
 
         Twelve of forty layers hear audio: each layer carries the row of its injector, or -1, and
-        takes that row from the one stack of injectors inside a branch, so nothing is copied.
+        takes that row from the one stack of injectors inside a branch, so nothing is copied. Where
+        there are more frames than audio, the first ones hear it.
         """
         rows = np.full(self.cfg.layers, -1, np.int32)
         rows[list(self.cfg.inject_layers)] = np.arange(len(self.cfg.inject_layers))
@@ -308,6 +261,7 @@ class CausalDiT(nnx.Module):
         if speakers is not None:
             speakers = jnp.pad(speakers, ((0, 0), (0, 0), (0, 0), (0, padded - tokens)))
 
+        @remat(self.cfg.remat)
         def body(x: Array, layer: Any) -> tuple[Array, Any]:
             block, row, text, memory = layer
 
@@ -324,17 +278,32 @@ class CausalDiT(nnx.Module):
 
             def inject(x: Array) -> Array:
                 injector = jax.tree.map(lambda leaf: leaf[row], self.injectors)
-                return injector(x, audio, speakers)
+                heard = audio.global_.shape[2]
+                y = injector(x[:, :heard], audio, speakers)
+                return y if heard == frames else jnp.concatenate([y, x[:, heard:]], axis=1)
 
             return jax.lax.cond(row >= 0, inject, lambda x: x, x), kept
 
         return jax.lax.scan(body, x, (self.blocks, jnp.asarray(rows), text, memory))
 
-    def _turn(self, position: Int[Array, " b"], f: int, h: int, w: int):
+    def conditions(
+        self, reference: Float[Array, "b 1 h w c"], motion: Float[Array, "b f h w c"] | None
+    ) -> tuple[Float[Array, "b t dim"], Phase]:
+        """Reference and packed motion as tokens, and their phases before the reference rolls."""
+        kinds = self.type_embedding[...].astype(reference.dtype)[:, None, None]
+        x = self.patch(patchify(reference, PATCH)) + kinds[REFERENCE]
+        if motion is not None:
+            x = jnp.concatenate([x, self.packer(motion) + kinds[MOTION]], axis=1)
+        turn = condition_phase(
+            *reference.shape[2:4], roll=jnp.zeros(1, jnp.int32), head_dim=self.cfg.head_dim
+        )
+        return x, jax.tree.map(lambda a: a[:, : x.shape[1]], turn)
+
+    def turn(self, position: Int[Array, " b"], f: int, h: int, w: int):
         frames = position[:, None] + jnp.arange(f)[None]
         return grid_phase(frames, jnp.arange(h // 2), jnp.arange(w // 2), self.cfg.head_dim)
 
-    def _embed(
+    def embed(
         self, x: Float[Array, "b f h w c"], pose: Float[Array, "b f h w c"] | None
     ) -> Float[Array, "b f p dim"]:
         """Noise tokens. No pose is a pose of zeros, of which the bias remains, as published."""
@@ -346,7 +315,7 @@ class CausalDiT(nnx.Module):
         kind = self.type_embedding[...].astype(x.dtype)[None, NOISE, None]
         return rearrange(tokens + kind, "b (f p) dim -> b f p dim", f=x.shape[1])
 
-    def _unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
+    def unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
         return rearrange(
             x, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h // 2, w=w // 2, p=PATCH[1], q=PATCH[2]
         )

@@ -1,14 +1,18 @@
 """Small parts that every network shares: linear maps, norms, rotary phase, timestep embedding."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from liveavatar_jax.types import Array, Float, Int, struct
 
+Body = Callable[[Array, Any], tuple[Array, Any]]  # of a scan over layers
 THETA = 10_000.0  # base of every frequency ladder
 
 
@@ -56,6 +60,37 @@ class LayerNorm(nnx.Module):
         y = standardise(x, self.eps)
         y = y * along_last(self.scale[...], y) + along_last(self.bias[...], y)
         return y.astype(x.dtype)
+
+
+RESIDUAL = "residual stream"  # name of what "offload" keeps: the input of every layer
+
+
+def remat(policy: str) -> Callable[[Body], Body]:
+    """What a gradient keeps of a layer that is run by `scan`; the rest it computes again.
+
+    "none" keeps everything, "dots" the products with weights, "full" the layer's input alone, and
+    "offload" that input in the memory of the host. Without a gradient all four are the same.
+    """
+    if policy == "none":
+        return lambda body: body
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[RESIDUAL],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[policy]
+
+    def wrap(body: Body) -> Body:
+        def named(x: Array, layer: Any) -> Any:
+            return body(checkpoint_name(x, RESIDUAL), layer)
+
+        return jax.checkpoint(named, policy=saved, prevent_cse=False)
+
+    return wrap
 
 
 def along_last(vector: Float[Array, " i"], like: Float[Array, "*b i"]) -> Float[Array, "*#b i"]:

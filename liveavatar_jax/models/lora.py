@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from liveavatar_jax.models.layers import Linear
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import Array, Float, Key, LiveAvatarError, struct
 
@@ -63,6 +65,38 @@ def apply(module: Any, lora: Mapping[str, Factors], scale: float | Float[Array, 
     kernels = leaves(module)
     _require_paths(lora, kernels)
     return replace(module, {path: _add(kernels[path], f, scale) for path, f in lora.items()})
+
+
+def attach(module: Any, lora: Mapping[str, Factors], scale: float) -> Any:
+    """What `apply` gives, for training: the adapted `Linear`s compute x W + scale · (x a) b.
+
+    So no dense delta is ever made, nor a dense gradient of W. Raises LiveAvatarError when the
+    module has no `Linear` at a path of `lora`.
+    """
+    left = dict(lora)
+
+    def swap(keys: tuple[Any, ...], part: Any) -> Any:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".") + ".kernel"
+        if not isinstance(part, Linear) or path not in left:
+            return part
+        return Adapted(part, left.pop(path), scale)
+
+    is_linear = lambda part: isinstance(part, Linear)
+    adapted = jax.tree_util.tree_map_with_path(swap, module, is_leaf=is_linear)
+    _require_paths(left, {})
+    return adapted
+
+
+class Adapted(nnx.Module):
+    """A frozen `Linear` beside the factors that train."""
+
+    def __init__(self, linear: Linear, factors: Factors, scale: float):
+        self.linear, self.scale = linear, scale
+        self.a, self.b = nnx.Param(factors.a), nnx.Param(factors.b)
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        a, b = (f[...].astype(x.dtype) for f in (self.a, self.b))
+        return self.linear(x) + self.scale * jnp.dot(jnp.dot(x, a), b)
 
 
 def merge(module: Any, lora: Mapping[str, Factors], scale: float) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from liveavatar_jax.models import layers, lora
 from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, attention
+from liveavatar_jax.models.clip import Condition, causal
 from liveavatar_jax.models.condition import condition_phase, patchify
 from liveavatar_jax.models.dit import PATCH, Level
 from liveavatar_jax.models.layers import Phase, rotate
@@ -150,7 +151,7 @@ def test_rotary_tables(dit, common, parts):
     for name in parts.tensors:
         if name.startswith("rope.noise.start") and name.endswith(".table"):
             start = int(name.split(".")[2].removeprefix("start"))
-            turn = dit._turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
+            turn = dit.turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
             parts.check(name, pair(turn))
             if (rotated := name.replace("table", "q_rotated")) in parts.tensors:
                 parts.check(rotated, by_head(rotate(by_head(parts["in.rope.q"]), turn)))
@@ -178,7 +179,7 @@ def test_one_block(dit, common, parts, text):
     (start,) = parts.said(r"frame position \d+ \(second block\)")[:1]
     (roll,) = parts.said(r"rolled by \d+")
     block = layer(dit.blocks, index)
-    turn = dit._turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
+    turn = dit.turn(jnp.full(1, start, jnp.int32), frames, size["rows"], size["cols"])
     sink_turn = condition_phase(
         size["rows"], size["cols"], roll=jnp.full(1, roll, jnp.int32), head_dim=dit.cfg.head_dim
     )
@@ -223,7 +224,7 @@ def test_head(dit, common, parts):
     level = levels(dit, np.full((1, frames), parts["time.t"][1]))
     y = dit.head(x, level.head)
     parts.check("head.out", y.reshape(1, -1, y.shape[-1]))
-    y = dit._unpatchify(y, size["rows"], size["cols"])
+    y = dit.unpatchify(y, size["rows"], size["cols"])
     parts.check("head.unpatchified", published(y))
 
 
@@ -368,17 +369,10 @@ def clip(want, common, text, t):
 
     @functools.partial(jax.jit, static_argnames="block_frames")
     def velocity(dit, block_frames):
-        return dit(
-            x,
-            jnp.asarray(want[t]) / 1000,
-            reference,
-            motion,
-            dit.text(jnp.asarray(common["in.context"])[None]),
-            dit.audio(after_repeats(audio)),
-            block_frames=block_frames,
-            speakers=everywhere(common),
-            pose=pose,
-        )
+        text = dit.text(jnp.asarray(common["in.context"])[None])
+        heard = dit.audio(after_repeats(audio))
+        given = Condition(reference, motion, text, heard, everywhere(common), pose)
+        return causal(dit, x, jnp.asarray(want[t]) / 1000, given, block_frames=block_frames)
 
     return velocity
 
