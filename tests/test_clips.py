@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from liveavatar_jax.data import records
+from liveavatar_jax.data import records, throughput
 from liveavatar_jax.data.clips import DataConfig, Shards, Source, open_clips, open_synthetic
 from liveavatar_jax.data.records import About, BrokenRecord, Clip, Shapes, pack, unpack, write_shard
 from liveavatar_jax.types import LiveAvatarError
@@ -133,6 +133,19 @@ def test_an_epoch_visits_every_record_once(shards):
     epochs = [seen[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_one_row_is_a_batch(shards):
+    data = open_clips(config(shards, batch=1))
+    assert sorted(n for batch in take(data, 10) for n in numbers(batch)) == list(range(10))
+
+
+def test_the_rates_are_printed(shards, capsys):
+    assert throughput.main([str(shards), "--batch", "2", "--seconds", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "f=2" in said and "shards" in said and "synthetic" in said and "MB/s" in said
+    assert throughput.main([str(shards / "missing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_seed_decides(shards):

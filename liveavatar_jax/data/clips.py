@@ -62,7 +62,7 @@ class DataConfig:
     drop_text: float = 0.0
     drop_motion: float = 0.0
     broken_share: float = 0.01  # of a source's records may be broken (and one at least)
-    threads: int = 8  # that read and assemble batches
+    threads: int = 4  # that read and assemble batches
     ahead: int = 4  # batches that are ready or in the making
 
     def __post_init__(self):
@@ -215,7 +215,7 @@ class _Rows(grain.MapDataset):
         self.total, self.rows = batch, tuple(rows)  # of a batch
 
     def __len__(self) -> int:
-        return len(self._parent) // self.total * len(self.rows)
+        return 2**40 * len(self.rows)  # endless, yet a whole number to those who divide it
 
     def __getitem__(self, index):
         batch, row = divmod(index, len(self.rows))
@@ -234,7 +234,7 @@ class Batches:
     ):  # fmt: skip
         self.shapes, self.reports = shapes, list(reports)
         self._order, self._samples = order, samples
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
         self._iterator = batches.to_iter_dataset(options).__iter__()
 
     def __iter__(self) -> Iterator[Batch]:
