@@ -150,7 +150,7 @@ def test_full_disk_leaves_no_item_and_says_so(tmp_path, monkeypatch):
         folder.with_name(folder.name + ".orbax-checkpoint-tmp").mkdir(parents=True)
         raise ValueError("RESOURCE_EXHAUSTED") from OSError(errno.ENOSPC, "No space left")
 
-    monkeypatch.setattr(checkpoint._CHECKPOINTER, "save", save)
+    monkeypatch.setattr(checkpoint._checkpointer(), "save", save)
     with pytest.raises(LiveAvatarError, match=r"the disk is full, .*rest\.0 could not be"):
         checkpoint.write(tmp_path / "dit" / "rest.0", {})
     assert not list((tmp_path / "dit").iterdir())
@@ -160,7 +160,7 @@ def test_other_failures_of_writing_are_not_hidden(tmp_path, monkeypatch):
     def save(folder, arrays):
         raise ValueError("something else")
 
-    monkeypatch.setattr(checkpoint._CHECKPOINTER, "save", save)
+    monkeypatch.setattr(checkpoint._checkpointer(), "save", save)
     with pytest.raises(ValueError, match="something else"):
         checkpoint.write(tmp_path / "rest.0", {})
 

@@ -225,7 +225,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """One item, whole or not at all. Raises LiveAvatarError when the disk is full."""
     try:
         with _quiet():
-            _CHECKPOINTER.save(folder.absolute(), dict(arrays))
+            _checkpointer().save(folder.absolute(), dict(arrays))
     except Exception as error:
         if not _is_full(error):
             raise
@@ -246,7 +246,9 @@ def finish(partial: Path, out: Path, cfg: ModelConfig) -> None:
     os.replace(partial, out)
 
 
-_CHECKPOINTER = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+@functools.cache  # not at import, for it touches the devices
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _read(
@@ -262,11 +264,11 @@ def _read(
     }
     try:
         with _quiet():
-            stored = _CHECKPOINTER.metadata(item.absolute()).item_metadata
+            stored = _checkpointer().metadata(item.absolute()).item_metadata
             agree = stored is not None and _shapes(stored.tree) == _shapes(want)
             how = ocp.checkpoint_utils.construct_restore_args(want)
             args = ocp.args.PyTreeRestore(item=want, restore_args=how)
-            pieces = _CHECKPOINTER.restore(item.absolute(), args=args) if agree else None
+            pieces = _checkpointer().restore(item.absolute(), args=args) if agree else None
     except Exception:  # Orbax raises bare ones, and says nothing but names of its own internals
         raise LiveAvatarError(f"{item} is damaged; convert the checkpoint anew") from None
     if pieces is None:
