@@ -15,6 +15,7 @@ import functools
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,12 +62,15 @@ class Checkpoints:
         self.config = describe(config)
         self.may_differ = tuple(may_differ)
         self._resumed: int | None = None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of a failure, beside its error
+        _hush()
+        for name in ("absl", "asyncio"):  # pages about a failure, beside its error
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True,
             save_root_metadata=False,
         )  # fmt: skip
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         except OSError as error:
             raise LiveAvatarError(
@@ -287,11 +291,12 @@ def read(run: str | Path, step: int, paths: Sequence[str]) -> dict[str, np.ndarr
     with _damaged(folder / str(step), "; take another --step"):
         how = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in want}
         args = ocp.args.PyTreeRestore(item=want, restore_args=how, partial_restore=True)
-        return _CHECKPOINTER.restore(folder / str(step) / "state", args=args)
+        return _reader(ocp.PyTreeCheckpointHandler).restore(folder / str(step) / "state", args=args)
 
 
-_CHECKPOINTER = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-_JSON = ocp.Checkpointer(ocp.JsonCheckpointHandler())
+@functools.cache  # not at import, for it touches the devices
+def _reader(kind: type) -> ocp.Checkpointer:
+    return ocp.Checkpointer(kind())
 
 
 def _folder(run: str | Path) -> epath.Path:
@@ -302,11 +307,27 @@ def _folder(run: str | Path) -> epath.Path:
 
 def _read_json(folder: epath.Path, step: int, item: str, way_out: str) -> Any:
     with _damaged(folder / str(step), way_out):
-        return _JSON.restore(folder / str(step) / item)
+        return _reader(ocp.JsonCheckpointHandler).restore(folder / str(step) / item)
+
+
+@functools.cache
+def _hush() -> None:
+    """After the first array that fails Orbax leaves those of the others behind, which complain
+    when they are swept up, each with a traceback of its own."""
+    tell = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        left = "orbax" in getattr(code, "co_filename", "")
+        if not left and "Event loop is closed" not in str(unraisable.exc_value):
+            tell(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
 def _damaged(folder: epath.Path, way_out: str) -> Iterator[None]:
+    _hush()
     try:
         yield
     except Exception as error:
@@ -322,7 +343,11 @@ def _shapes(
     folder: epath.Path, step: int, way_out: str
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     with _damaged(folder / str(step), way_out):
-        found = _CHECKPOINTER.metadata(folder / str(step) / "state").item_metadata
+        found = (
+            _reader(ocp.PyTreeCheckpointHandler)
+            .metadata(folder / str(step) / "state")
+            .item_metadata
+        )
         if found is None:
             raise ValueError("it does not say what it holds")
         return {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in found.tree.items()}
