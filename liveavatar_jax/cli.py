@@ -73,6 +73,29 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--lora-alpha", type=float, help="default: as stored, else half the rank")
     p.add_argument("--out", type=Path, required=True, help="folder to make")
 
+    p = command(_encode, "Encode clips into shards for training; an interrupted run goes on.")
+    p.add_argument("--list", type=Path, required=True, help="csv: AVSpeech's columns, or with a "
+                   "header of id or file, start, end, x, y, caption")  # fmt: skip
+    p.add_argument("--clips", type=Path, required=True, help="folder of the clips' files")
+    p.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    p.add_argument("--weights", type=Path, required=True,
+                   help="folder made by `liveavatar-jax convert`")  # fmt: skip
+    p.add_argument("--size", default="720*400", help="pixels, as WIDTH*HEIGHT, multiples of 16 "
+                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+                   help="of the windows, as latents=21 stride=84 least_past=0")  # fmt: skip
+    p.add_argument("--caption", help="of clips without one (default: a person who speaks)")
+    p.add_argument("--scores", type=Path, help="csv or json: numbers about clips, by id")
+    p.add_argument("--require", nargs="+", action="extend", default=[], metavar="SCORE>=N",
+                   help="of a clip's scores, as 'sync>=3' 'quality>=40'")  # fmt: skip
+    p.add_argument("--part", default="1/1", metavar="I/N", help="of the list, to share it out "
+                   "among machines or devices (default: all)")  # fmt: skip
+    p.add_argument("--per-shard", type=int, default=64, metavar="CLIPS",
+                   help="of the list (default: %(default)s)")  # fmt: skip
+    p.add_argument("--workers", type=int, help="processes that decode (default: one a core, 8)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of the VAE (default: float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
+
     p = command(_bench, "Time every component, compiled, on random weights.")
     p.add_argument("--sizes", nargs="+", default=["laptop"], metavar="NAME",
                    help="tiny, laptop, 14b (default: laptop)")  # fmt: skip
@@ -139,6 +162,35 @@ def _convert(args: argparse.Namespace) -> int:
 
     convert(args.base, args.lora, args.out, alpha=args.lora_alpha)
     print(f"{args.out}: ready for `liveavatar-jax generate --weights {args.out}`")
+    return 0
+
+
+def _encode(args: argparse.Namespace) -> int:
+    try:
+        from liveavatar_jax.encode import Request, encode, parse_part, parse_windows
+    except ImportError as error:
+        raise LiveAvatarError(f"{error.name} is missing; install liveavatar-jax[train]") from None
+
+    for name in ("per_shard", "workers"):
+        if (getattr(args, name) or 1) < 1:
+            raise LiveAvatarError(f"--{name.replace('_', '-')} must be at least 1")
+    report = encode(
+        Request(
+            list=args.list,
+            folder=args.clips,
+            out=args.out,
+            weights=args.weights,
+            windows=parse_windows(args.size, args.set),
+            caption=args.caption,
+            scores=args.scores,
+            demands=tuple(args.require),
+            part=parse_part(args.part),
+            per_shard=args.per_shard,
+            workers=args.workers,
+            dtype=args.dtype,
+        )
+    )
+    print(report)
     return 0
 
 

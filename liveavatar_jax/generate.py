@@ -169,10 +169,9 @@ def encode_prompt(folder: Path, cfg: ModelConfig, prompt: str | None) -> Float[A
     return rows[:, : int(mask.sum())]
 
 
-def hear(
-    folder: Path, cfg: ModelConfig, audio: Path, moments: speech.Moments
-) -> Iterator[Float[np.ndarray, "12 layers c"]]:
-    """Speech features block by block, for ever: silence follows the end of the file."""
+def ear(folder: Path, cfg: ModelConfig) -> tuple[speech.Encode, speech.SpeechWindow, float]:
+    """What hears for this model, for `speech.file_features`, and what silence sounds like to it:
+    the speech encoder, or log-mel features where that does not fit the DiT."""
     if cfg.speech_fits:
         # On the last device: the first one is the most in demand where there are several.
         encoder: SpeechEncoder = jax.device_put(load(folder, "speech"), jax.local_devices()[-1])
@@ -187,8 +186,17 @@ def hear(
         """A whole hop at once: a slice on the device would wait for the block in progress."""
         return np.asarray(encode(samples, hop), np.float32)
 
+    return fetched, window, silence
+
+
+def hear(
+    folder: Path, cfg: ModelConfig, audio: Path, moments: speech.Moments
+) -> Iterator[Float[np.ndarray, "12 layers c"]]:
+    """Speech features block by block, for ever: silence follows the end of the file."""
+    encode, window, silence = ear(folder, cfg)
+
     def blocks() -> Iterator[Float[np.ndarray, "12 layers c"]]:
-        for block in speech.file_features(fetched, read_audio(audio), moments, window):
+        for block in speech.file_features(encode, read_audio(audio), moments, window):
             yield block
         yield from itertools.repeat(np.full_like(block, silence))
 

@@ -20,6 +20,7 @@ LEVELS = {
     "metrics": 3,
     "weights": 3,
     "generate": 4,
+    "encode": 4,
     "player": 4,
     "bench": 4,
     "occupancy": 4,
