@@ -134,14 +134,14 @@ def start(
     key: Key[Array, ""],
     *,
     speakers: Float[Array, "b a p"] | None = None,
-    position: int | Int[Array, ""] = 0,
+    position: int | Int[Array, "*b"] = 0,
     layout: Layout = ONE_DEVICE,
 ) -> StreamState:
     """The state before the first block.
 
     `context` are the rows of the text encoder; `speakers` masks patches (2 x 2 latents) by
     speaker, everything for one speaker by default; `position` is the place of the first latent
-    frame in the whole video.
+    frame in the whole video, of all rows or of each.
 
     Raises LiveAvatarError when `context` or `speakers` do not fit.
     """
@@ -165,14 +165,14 @@ def start(
         )
     return StreamState(
         cache=KVCache(ring=KV(k=ring, v=ring), sink=sink),
-        levels=_levels(cfg, dit, b),
+        levels=levels_of(cfg, dit, b),
         text=text,
         motion=motion,
         first=reference,
         past=_no_past(dit, speakers, dtype) if cfg.audio_past == "true" else None,
         speakers=speakers[:, :, None].astype(dtype),
         decoder=portrait.decoder,
-        position=jnp.full(b, position, jnp.int32),
+        position=jnp.broadcast_to(jnp.asarray(position, jnp.int32), b),
         block=jnp.zeros(b, jnp.int32),
         key=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b)),
     )
@@ -238,7 +238,7 @@ def denoise(
         )
         again = dataclasses.replace(flight, x=x)
         level = jax.tree.map(lambda leaf: leaf[-1], state.levels)
-        _, fresh = _forward(model, cache, state, again, level, cfg.steps, 0, layout)
+        _, fresh = forward(model, cache, state, again, level, cfg.steps, 0, layout)
         cache = cache.append(fresh, 0, flight.block, flight.live)
     return dataclasses.replace(state, cache=cache, first=own_first(state.first, flight)), flight
 
@@ -253,7 +253,7 @@ def enter(
     cfg, b = model.cfg, len(state.block)
     _check(model, state, chunk)
     live = jnp.ones(b, bool) if chunk.live is None else chunk.live
-    audio, past = _hear(model, state, chunk, live)
+    audio, past = hear(model, state, chunk, live)
     flight = InFlight(
         x=drawn.noise.astype(cfg.dtype),
         audio=audio,
@@ -286,7 +286,7 @@ def advance(
 ) -> tuple[InFlight, KV]:
     """One denoising step, number `step`, with the ring at `slot`; its keys and values."""
     sigma = jnp.asarray(sampling_levels(model.cfg.steps, model.cfg.shift))
-    velocity, fresh = _forward(model, cache, state, flight, level, step, slot, layout)
+    velocity, fresh = forward(model, cache, state, flight, level, step, slot, layout)
     x = euler(flight.x, velocity, sigma[step], sigma[step + 1])
     return dataclasses.replace(flight, x=x), fresh
 
@@ -342,7 +342,7 @@ def pixels(frames: Float[Array, "b F H W 3"]) -> UInt8[Array, "b F H W 3"]:
     return jnp.round((frames.astype(jnp.float32) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _forward(
+def forward(
     model: Avatar,
     cache: KVCache,
     state: StreamState,
@@ -383,7 +383,7 @@ def _check(model: Avatar, state: StreamState, chunk: Chunk) -> None:
         )
 
 
-def _hear(
+def hear(
     model: Avatar, state: StreamState, chunk: Chunk, live: Bool[Array, " b"]
 ) -> tuple[AudioTokens, Float[Array, "b a F layers c"] | None]:
     """The block's audio tokens, once for all denoising steps, and the past of the next block."""
@@ -398,7 +398,7 @@ def _hear(
     return model.dit.audio(audio), kept
 
 
-def _levels(cfg: StreamConfig, dit: CausalDiT, b: int) -> Level:
+def levels_of(cfg: StreamConfig, dit: CausalDiT, b: int) -> Level:
     """Every forward's level: time embedding and modulation are made once for all blocks."""
     sigmas = [*sampling_levels(cfg.steps, cfg.shift)[:-1]]
     if cfg.history is not None:

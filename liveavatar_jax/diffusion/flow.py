@@ -5,6 +5,7 @@ timesteps are 1000 · sigma.
 """
 
 import functools
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,10 @@ from liveavatar_jax.types import Array, Float, Int
 TRAIN_STEPS = 1000
 
 
-def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+Levels = TypeVar("Levels", np.ndarray, Array)
+
+
+def shifted(sigma: Levels, shift: float) -> Levels:
     """Levels moved towards noise: `shift · s / (1 + (shift - 1) · s)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -51,6 +55,13 @@ def add_noise(
 def target(clean: Float[Array, "*b"], noise: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The velocity that the network learns."""
     return noise - clean
+
+
+def clean_from(
+    x: Float[Array, "*#b"], velocity: Float[Array, "*#b"], sigma: Float[Array, "*#b"]
+) -> Float[Array, "*#b"]:
+    """The clean signal that a velocity at level `sigma` points to, in float32."""
+    return x.astype(jnp.float32) - sigma * velocity.astype(jnp.float32)
 
 
 @functools.cache

@@ -276,9 +276,10 @@ class CausalDiT(nnx.Module):
             if audio is None:
                 return x, kept
 
+            heard = audio.global_.shape[2]
+
             def inject(x: Array) -> Array:
                 injector = jax.tree.map(lambda leaf: leaf[row], self.injectors)
-                heard = audio.global_.shape[2]
                 y = injector(x[:, :heard], audio, speakers)
                 return y if heard == frames else jnp.concatenate([y, x[:, heard:]], axis=1)
 
