@@ -5,7 +5,9 @@ batch) are whole. The first row that matches counts.
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,8 +15,8 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from liveavatar_jax.models.attention import Layout, attention
-from liveavatar_jax.parallel.mesh import SEQUENCE, STAGE, TENSOR, VAE
+from liveavatar_jax.models.attention import ONE_DEVICE, Layout, attention
+from liveavatar_jax.parallel.mesh import FSDP, ROWS, SEQUENCE, STAGE, TENSOR, VAE
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import Array, Float, Int, LiveAvatarError
 
@@ -43,6 +45,25 @@ STATE: Table = (
 # where they do not divide, each step's ring on its stage.
 OPENING: Table = ((r"cache\.ring\.[kv]", ((TENSOR, STAGE, SEQUENCE), None, None)), *STATE)
 STEPWISE: Table = ((r"cache\.ring\.[kv]", (STAGE, None, None, HEADS, None, None)), *STATE)
+
+# Training: networks, adapters (`a` leads into the rank, `b` out of it), and what an optimiser or
+# an average keeps of them, whose paths contain those of the weights. Everything that is large is
+# parted over `fsdp` too, adapters as well: with their moments, rank 128 would take 10.8 GB of
+# every device, and gathering them adds a twentieth to what gathering the weights sends.
+TRAINING: Table = (
+    (r"(\.|^)a$", ((TENSOR, FSDP), None)),
+    (r"(\.|^)b$", (None, (TENSOR, FSDP))),
+    (r"\b(o|ffn_out|adain|time_proj)\.(\w+\.)*kernel", (TENSOR, FSDP)),
+    (r"\b(q|k|v|ffn_in)\.(\w+\.)*bias|\.norm_[qk]\.scale", (TENSOR,)),
+    (r"kernel", (FSDP, TENSOR)),
+    # 0.05 % of the weights, which would be gathered in every layer
+    (r"bias|scale|modulation|type_embedding|layer_weights|pad_token", ()),
+)
+# What a rollout carries along; rows of the batch stand before the heads.
+MEMORY: Table = (
+    (r"(ring|sink)\.[kv]", (ROWS, HEADS, None, None)),
+    (r"text\.[kv]", (ROWS, TENSOR, None, None)),
+)
 
 
 def of_decoder(rows: int, width: int, devices: int) -> Table:
@@ -74,9 +95,71 @@ def shardings(tree: Any, table: Table, mesh: jax.sharding.Mesh, lead: tuple[Axis
     return replace(tree, {path: place(path, leaf) for path, leaf in leaves(tree).items()})
 
 
+def constrain(tree: Any, table: Table) -> Any:
+    """Within a compiled function, under `jax.set_mesh`: pins every leaf that the table names."""
+
+    def pin(path: str, leaf: Array) -> Array:
+        spec = spec_of(path, leaf.ndim, table)
+        return leaf if spec is None else jax.lax.with_sharding_constraint(leaf, spec)
+
+    return replace(tree, {path: pin(path, leaf) for path, leaf in leaves(tree).items()})
+
+
+def trained(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`shardings` by TRAINING of networks, adapters, optimiser states, averages.
+
+    What an axis does not divide is left whole along it: see `undivided`.
+    """
+    found = {path: NamedSharding(mesh, spec) for path, (spec, _) in _fitted(tree, mesh).items()}
+    return replace(tree, found)
+
+
+def undivided(tree: Any, mesh: jax.sharding.Mesh, above: int = 2**20) -> list[str]:
+    """One line for each leaf of more than `above` bytes that TRAINING wants parted further than
+    its sizes allow, or does not name."""
+    lines = []
+    for path, (spec, wanted) in _fitted(tree, mesh).items():
+        leaf = leaves(tree)[path]
+        if spec == wanted or math.prod(leaf.shape) * leaf.dtype.itemsize <= above:
+            continue
+        named = "is not in the table" if wanted is None else f"does not divide over {wanted}"
+        lines.append(f"{path} {leaf.shape} {named}: it lies as {spec}")
+    return lines
+
+
+def _fitted(tree: Any, mesh: jax.sharding.Mesh) -> dict[str, tuple[P, P | None]]:
+    """Of every leaf, the spec that it gets and the one that the table names."""
+    found = {}
+    for path, leaf in leaves(tree).items():
+        wanted = spec_of(path, len(leaf.shape), TRAINING) if leaf.shape else P()
+        found[path] = (fit(wanted or P(), leaf.shape, mesh.shape), wanted)
+    return found
+
+
+def fit(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    """The spec without the axes, the last ones first, that do not divide their dimension."""
+
+    def along(axis: Axis, size: int) -> Axis:
+        names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+        while names and size % math.prod(sizes[name] for name in names):
+            names = names[:-1]
+        return (names if isinstance(axis, tuple) else names[0]) if names else None
+
+    return P(*(along(axis, size) for axis, size in zip(spec, shape, strict=False)))
+
+
+def layout(mesh: jax.sharding.Mesh) -> Layout:
+    """How a forward of training lies on a mesh of TRAIN_AXES; use it under `jax.set_mesh`."""
+    if mesh.size == 1:
+        return ONE_DEVICE
+    parts = mesh.shape[SEQUENCE]
+    return Parted(heads=HEADS, tokens=(SEQUENCE,), parts=parts, rows=ROWS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Parted(Layout):
-    """Tokens parted over `tokens`, heads over `heads`; weights over `tensor` as they come.
+    """Tokens parted over `tokens`, heads over `heads`, rows of the batch over `rows`; weights
+    over `tensor` as they come.
 
     Self-attention exchanges tokens for heads and back (all-to-all, as in DeepSpeed-Ulysses,
     arXiv 2309.14509); attention to the prompt needs no exchange.
@@ -85,26 +168,27 @@ class Parted(Layout):
     heads: tuple[str, ...]
     tokens: tuple[str, ...]
     parts: int  # devices along `tokens`
+    rows: tuple[str, ...] = ()
 
     def split(self, x: Float[Array, "b f p dim"]) -> Float[Array, "b f pp dim"]:
         padding = -x.shape[2] % self.parts
         # Whole up to here: the compiler would else part the latents, whose columns do not fit.
-        x = jnp.pad(_pin(x), ((0, 0), (0, 0), (0, padding), (0, 0)))
-        return _pin(x, None, None, self.tokens)
+        x = jnp.pad(self._pin(x), ((0, 0), (0, 0), (0, padding), (0, 0)))
+        return self._pin(x, None, self.tokens)
 
     def join(self, x: Float[Array, "b f pp k"], p: int) -> Float[Array, "b f p k"]:
-        return super().join(_pin(x), p)
+        return super().join(self._pin(x), p)
 
     def gather(self, x: Float[Array, "b f pp n d"], p: int) -> Float[Array, "b n t d"]:
-        return super().gather(_pin(self._by_token(x), None, None, None, self.heads), p)
+        return super().gather(self._pin(self._by_token(x), None, None, self.heads), p)
 
     def scatter(
         self, x: Float[Array, "b n t d"], f: int, padded: int
     ) -> Float[Array, "b f pp n d"]:
-        return self._by_token(_pin(super().scatter(x, f, padded), None, None, None, self.heads))
+        return self._by_token(self._pin(super().scatter(x, f, padded), None, None, self.heads))
 
     def _by_token(self, x: Float[Array, "b f pp n d"]) -> Float[Array, "b f pp n d"]:
-        return _pin(x, None, None, self.tokens, TENSOR)
+        return self._pin(x, None, self.tokens, TENSOR)
 
     def attention(
         self,
@@ -114,26 +198,29 @@ class Parted(Layout):
         length: Int[Array, " b"] | None,
         implementation: str,
     ) -> Float[Array, "b n t d"]:
-        own = P(None, self.heads)
+        rows = self.rows or None
+        own = P(rows, self.heads)
         if length is None:
             run = lambda q, k, v: attention(q, k, v, None, implementation)
             return self._on(self.heads, (own,) * 3, own)(run)(q, k, v)
         run = lambda q, k, v, length: attention(q, k, v, length, implementation)
-        return self._on(self.heads, (own, own, own, P()), own)(run)(q, k, v, length)
+        return self._on(self.heads, (own, own, own, P(rows)), own)(run)(q, k, v, length)
 
     def cross(
         self, q: Float[Array, "b f pp n d"], k: Array, v: Array, implementation: str
     ) -> Float[Array, "b f pp n d"]:
-        own, keys = P(None, None, self.tokens, TENSOR), P(None, TENSOR)
+        rows = self.rows or None
+        own, keys = P(rows, None, self.tokens, TENSOR), P(rows, TENSOR)
         run = lambda q, k, v: Layout().cross(q, k, v, implementation)
         return self._on((*self.tokens, TENSOR), (own, keys, keys), own)(run)(q, k, v)
 
     def _on(self, axes: tuple[str, ...], given: tuple[P, ...], back: P):
         """By hand, for no kernel can be parted by the compiler."""
+        axes = (*self.rows, *axes)
         return lambda run: jax.shard_map(
             run, in_specs=given, out_specs=back, axis_names=set(axes), check_vma=False
         )
 
-
-def _pin(x: Array, *axes: Axis) -> Array:
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    def _pin(self, x: Array, *axes: Axis) -> Array:
+        """`axes` are those after the rows of the batch."""
+        return jax.lax.with_sharding_constraint(x, P(self.rows or None, *axes))
