@@ -1,14 +1,11 @@
 """The `liveavatar-jax` command."""
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
+from liveavatar_jax.devices import prepare
 from liveavatar_jax.parallel import hosts
 from liveavatar_jax.types import LiveAvatarError
 
@@ -22,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 = done, 2 = refused with one sentence, 130 = interrupted."""
     args = _parser().parse_args(argv)
     try:
-        _set_up(args)
+        if args.run is not _plan:  # which touches no device
+            prepare(args)
         with hosts.guard():
             return args.run(args)
     except LiveAvatarError as error:
@@ -172,8 +170,9 @@ def _encode(args: argparse.Namespace) -> int:
         raise LiveAvatarError(f"{error.name} is missing; install liveavatar-jax[train]") from None
 
     for name in ("per_shard", "workers"):
-        if (getattr(args, name) or 1) < 1:
-            raise LiveAvatarError(f"--{name.replace('_', '-')} must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise LiveAvatarError(f"--{name.replace('_', '-')} {value} must be at least 1")
     report = encode(
         Request(
             list=args.list,
@@ -227,38 +226,6 @@ def _plan(args: argparse.Namespace) -> int:
         except OSError as error:
             raise LiveAvatarError(f"{args.json}: cannot be written: {error.strerror}") from None
     return 0
-
-
-def _set_up(args: argparse.Namespace) -> None:
-    """Chooses the devices, joins the other processes, and keeps compiled programs in a private
-    folder between runs."""
-    if args.run is _plan:  # which touches none
-        return
-    device = args.device
-    if device is not None:
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    if getattr(args, "fake_devices", None) is not None:
-        hosts.fake_devices(args.fake_devices)
-    if hasattr(args, "coordinator"):
-        hosts.initialise(
-            args.coordinator, args.processes, args.process_id, cluster=args.cluster,
-            join_timeout=args.join_timeout, heartbeat=args.heartbeat,
-        )  # fmt: skip
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):  # JAX asserts when none of the named kind starts
-        named = os.environ.get("JAX_PLATFORMS")
-        asked = f"--device {device}" if device else f"JAX_PLATFORMS={named}"
-        raise LiveAvatarError(
-            f"{asked}: no such device here; install the extra for it "
-            "(liveavatar-jax[cuda] or liveavatar-jax[tpu]) or use --device cpu"
-        ) from None
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(home) / "liveavatar-jax"
-    with contextlib.suppress(OSError):  # a read-only home costs compile time, nothing else
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 if __name__ == "__main__":

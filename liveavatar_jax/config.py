@@ -5,9 +5,11 @@ A config with no arguments has the published size; `tiny()` makes one for tests 
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from typing import Any, cast, get_type_hints
 
 from liveavatar_jax.types import LiveAvatarError
 
@@ -220,9 +222,43 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     return cls(**fields)
 
 
+def change(cfg: Any, changes: Sequence[str]) -> Any:
+    """A config with changes such as "data.batch=64", values as in JSON or as plain words.
+
+    Raises LiveAvatarError for unknown fields, with the nearest name, and values that do not fit.
+    """
+    for text in changes:
+        path, given, value = text.partition("=")
+        if not given:
+            raise LiveAvatarError(f"--set {text!r} is not understood; write FIELD.FIELD=VALUE")
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            pass
+        cfg = _changed(cfg, path.split("."), value, f"--set {path}")
+    return cfg
+
+
+def _changed(cfg: Any, path: list[str], value: Any, where: str) -> Any:
+    if not dataclasses.is_dataclass(cfg):
+        raise LiveAvatarError(f"{where}: {path[0]!r} is below {cfg!r}, which has no fields")
+    hints, (name, *rest) = get_type_hints(type(cfg)), path
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, 1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(hints)}"
+        raise LiveAvatarError(f"{where}: {type(cfg).__name__} has no field {name!r}{hint}")
+    if rest:
+        value = _changed(getattr(cfg, name), rest, value, where)
+    else:
+        value = _coerce(hints[name], value, where)
+    return dataclasses.replace(cast(Any, cfg), **{name: value})
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, where)
+    if hint is types.NoneType and value is None:
+        return value
     if isinstance(hint, types.UnionType):
         for option in typing.get_args(hint):
             try:

@@ -22,6 +22,7 @@ LEVELS = {
     "generate": 4,
     "encode": 4,
     "player": 4,
+    "devices": 4,
     "bench": 4,
     "occupancy": 4,
     "plan": 4,
