@@ -299,6 +299,7 @@ def refreshed(
     Row by row, for they come at different times and a prefill costs most of a denoising step. A
     branch in a counted loop: a loop over the rows that are due crashes the compiler of jax 0.11.2
     inside `shard_map`, and that of 0.10.2 moves a single row's prefill out of it, into every tick.
+    But where rows lie on different devices, as in training, all are made in the time of one.
     """
     if model.cfg.sink_after is None:
         return state.cache.sink
@@ -316,6 +317,13 @@ def refreshed(
     def one_row(row: Array, sink: KV) -> KV:
         return jax.lax.cond(due[row], lambda sink: renew(row, sink), lambda sink: sink, sink)
 
+    def every_row(sink: KV) -> KV:
+        fresh = model.dit.prefill(flight.first, motion, state.text, layout)
+        pick = lambda old, new: jnp.where(due[None, :, None, None, None], new, old)
+        return jax.tree.map(pick, sink, fresh)
+
+    if layout.rows:
+        return jax.lax.cond(due.any(), every_row, lambda sink: sink, state.cache.sink)
     return jax.lax.fori_loop(0, len(due), one_row, state.cache.sink)
 
 

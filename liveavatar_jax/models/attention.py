@@ -211,6 +211,8 @@ class Layout:
     `p'` a frame. Attention wants all tokens of some heads, "b n t d" without padding.
     """
 
+    rows: tuple[str, ...] = ()  # axes that the rows of the batch are parted over
+
     def split(self, x: Float[Array, "b f p dim"]) -> Float[Array, "b f pp dim"]:
         """Tokens, parted."""
         return x

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from liveavatar_jax.models.attention import ONE_DEVICE, Layout, attention
+from liveavatar_jax.models.attention import KV, ONE_DEVICE, Layout, attention
 from liveavatar_jax.parallel.mesh import FSDP, ROWS, SEQUENCE, STAGE, TENSOR, VAE
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import Array, Float, Int, LiveAvatarError
@@ -186,6 +186,11 @@ class Parted(Layout):
         self, x: Float[Array, "b n t d"], f: int, padded: int
     ) -> Float[Array, "b f pp n d"]:
         return self._by_token(self._pin(super().scatter(x, f, padded), None, None, self.heads))
+
+    def kept(self, cache: KV) -> KV:
+        by_heads = lambda a: P(*[None] * (a.ndim - 4), self.rows or None, self.heads, None, None)
+        pin = lambda a: jax.lax.with_sharding_constraint(a, by_heads(a))
+        return jax.tree.map(pin, cache)
 
     def _by_token(self, x: Float[Array, "b f pp n d"]) -> Float[Array, "b f pp n d"]:
         return self._pin(x, None, self.tokens, TENSOR)
