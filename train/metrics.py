@@ -239,7 +239,8 @@ class Watch:
         return {f"{word}/all": sum(parts.values()), **parts}
 
     def _text(self, step: int, now: float) -> str:
-        plain = [f"{name} {value:.4g}" for name, value in self._latest.items() if "/" not in name]
+        ours = ("time/", "mfu/", "flops/")
+        plain = [f"{n} {x:.4g}" for n, x in self._latest.items() if not n.startswith(ours)]
         words = [f"step {step}/{self.steps}", *plain]
         if self._window:
             mean = sum(seconds for seconds, _ in self._window) / len(self._window)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 from tqdm import tqdm
 
 from liveavatar_jax.config import ModelConfig
@@ -91,7 +92,7 @@ def convert(
     """Converts the published folder `base` (or its parent), with `lora` merged in, to `out`.
 
     lora: a PEFT-style file, or a folder with one and perhaps its adapter_config.json. alpha: the
-    LoRA's, default from adapter_config.json, else half its rank as released (64 for 128).
+    LoRA's, default as `lora_alpha` finds it, else half its rank as released (64 for 128).
     Does nothing when `out` was made from the same files; goes on where an interrupted run
     stopped. Raises LiveAvatarError, with everything that is wrong with the tensors at once, and
     for a full disk or an `out` that is taken or cannot be written.
@@ -104,7 +105,7 @@ def convert(
         "speech": read(base / SPEECH_FOLDER),
     }
     adapter = None if lora is None else read(lora)
-    alpha = _alpha(lora) if alpha is None else alpha
+    alpha = lora_alpha(lora) if alpha is None else alpha
     cfg = _config(base, published)
     sources = _match(cfg, published, adapter, lora, alpha)
     files = [path for tensors in published.values() for path in tensors.files]
@@ -237,9 +238,16 @@ def _dtype(tensors: Tensors) -> str:
     return max(sizes, key=lambda name: sizes[name], default="float32")
 
 
-def _alpha(lora: Path | None) -> float | None:
-    """lora_alpha of a folder's adapter_config.json; None where there is none."""
-    if lora is None or not (lora / "adapter_config.json").is_file():
+def lora_alpha(lora: Path | None) -> float | None:
+    """The alpha of a LoRA, from its file's own header (as `train.export` writes it) or from the
+    adapter_config.json of its folder; None where neither says."""
+    if lora is None:
+        return None
+    if lora.suffix == ".safetensors" and lora.is_file():
+        with safe_open(lora, "np") as file:
+            said = (file.metadata() or {}).get("lora_alpha")
+        return None if said is None else float(said)
+    if not (lora / "adapter_config.json").is_file():
         return None
     published = _json(lora / "adapter_config.json")
     for field in ("use_rslora", "use_dora"):
