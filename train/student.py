@@ -122,7 +122,7 @@ class Streamed:
     def remember(
         self, memory: Memory, flight: InFlight, fresh: KV, ring: int | Int[Array, ""]
     ) -> Memory:
-        cache = memory.state.cache.append(fresh, ring, flight.block, flight.live)
+        cache = self.layout.append(memory.state.cache, fresh, ring, flight.block, flight.live)
         return _with(memory, memory.state, cache)
 
     def leave(self, memory: Memory, flight: InFlight) -> Memory:

@@ -90,9 +90,12 @@ class Student(Protocol):
     - 1`, or, where that is None, as the exit step saw it.
     """
 
-    sigma: Float[Array, " levels"]
-    own_rings: bool
-    again: float | None
+    @property
+    def sigma(self) -> Float[Array, " levels"]: ...
+    @property
+    def own_rings(self) -> bool: ...
+    @property
+    def again(self) -> float | None: ...
 
     def enter(self, model: Any, memory: Memory, given: Given) -> tuple[Memory, Flight]:
         """The next block as noise, and the memory with whatever its coming changes."""

@@ -1,0 +1,144 @@
+"""What an experiment is: every choice of a run, as a frozen dataclass that a config file builds."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from flax import nnx
+
+from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.data.clips import DataConfig
+from liveavatar_jax.data.records import Shapes
+from liveavatar_jax.diffusion.losses import DMD, Critic, DiffusionForcing
+from liveavatar_jax.diffusion.rollout import Policy
+from liveavatar_jax.parallel.mesh import TrainMesh
+from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights.wan import LORA_TARGETS
+
+
+def adam(rate: float) -> optax.GradientTransformation:
+    """As the recipes of self-forcing have it: no momentum, for the target moves."""
+    return optax.adamw(rate, 0.0, 0.999, weight_decay=0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters over one frozen base; without, whole networks are trained."""
+
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Forcing:
+    """Stage 1: the causal student learns on real clips.
+
+    weights: folder of `liveavatar-jax convert`; random weights of `seed` without.
+    start: what the student begins with: a LoRA file for adapters, else a converted folder.
+    scaffold: every motion latent is noised to a random level of its own, so that the student
+    looks at its past and not at them.
+    positions: the clip stands at a random latent frame up to here.
+    may_differ: fields that a run may change when it goes on.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    weights: str | None = None
+    start: str | None = None
+    adapters: Adapters | None = Adapters()
+    objective: nnx.Module = dataclasses.field(default_factory=DiffusionForcing)
+    optimiser: optax.GradientTransformation = dataclasses.field(default_factory=lambda: adam(1e-5))
+    scaffold: bool = True
+    positions: int = 0
+    clip: float | None = 10.0
+    average: float | None = 0.99
+    average_from: int = 200  # updates
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    synthetic: Shapes | None = None  # noise of these shapes instead of records
+    mesh: TrainMesh = dataclasses.field(default_factory=TrainMesh)
+    steps: int = 25_000
+    accumulate: int = 1
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 3
+    keep_every: int | None = None
+    sample_every: int | None = None
+    negative: str | None = None  # safetensors with "text", which guidance leans away from
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "save_every", "keep"):
+            _require(getattr(self, name) >= 1, self, name, "be at least 1")
+        _require(self.positions >= 0, self, "positions", "be at least 0")
+        _require(self.average is None or 0 <= self.average < 1, self, "average", "lie in [0, 1)")
+        _require(self.data.batch % self.accumulate == 0, self, "accumulate",
+                 f"divide data.batch = {self.data.batch}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Who learns when: the critic in each step, the student in every `ratio`-th.
+
+    alone: the critic rests in the steps of the student (4 : 1 instead of 5 : 1).
+    first: who is first where both learn; each has a batch and a rollout of its own.
+    """
+
+    ratio: int = 5
+    alone: bool = False
+    first: str = "student"
+
+    def __post_init__(self):
+        _require(self.ratio >= 1, self, "ratio", "be at least 1")
+        _require(self.first in ("student", "critic"), self, "first", "be student or critic")
+        _require(not self.alone or self.ratio > 1, self, "ratio", "be above 1 with alone")
+
+    def sides(self, step: int) -> tuple[str, ...]:
+        """Who learns in step 0, 1, ..."""
+        if step % self.ratio:
+            return ("critic",)
+        if self.alone:
+            return ("student",)
+        return ("student", "critic") if self.first == "student" else ("critic", "student")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill(Forcing):
+    """Stage 2: the student learns on its own rollouts from a teacher and a critic.
+
+    objective: a generator objective of `losses`; critic: a critic objective.
+    blocks: of a rollout, all that a record has by default; window: the last ones, which are
+    scored and learn; vary: rollouts have a random length from `window` to `blocks`.
+    discriminator: width of one on the critic's features. reward: (clip, batch) -> one number a
+    row. teacher: (noisy clip, level, hear text, hear audio, batch) -> velocity, instead of the
+    base.
+    """
+
+    objective: nnx.Module = dataclasses.field(default_factory=DMD)
+    critic: nnx.Module = dataclasses.field(default_factory=Critic)
+    critic_optimiser: optax.GradientTransformation = dataclasses.field(
+        default_factory=lambda: adam(2e-6)
+    )
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    blocks: int | None = None
+    window: int | None = None
+    vary: bool = False
+    discriminator: int | None = None
+    reward: Callable[..., Any] | None = None
+    teacher: Callable[..., Any] | None = None
+    steps: int = 2_500
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.blocks is not None and self.window is not None:
+            _require(self.window <= self.blocks, self, "window", f"be at most {self.blocks}")
+
+
+def _require(ok: bool, cfg: object, field: str, what: str) -> None:
+    if not ok:
+        value = getattr(cfg, field)
+        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
