@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import pytest
 from liveavatar_jax.paths import leaves
 from liveavatar_jax.types import LiveAvatarError
 from tests import processes, toy
-from train import checkpoints
-from train.checkpoints import Checkpoints, describe
+from train.checkpoints import Checkpoints
+from train.description import describe, fields
 
 MOMENTS = 7  # at which a run is killed, all but three of them in the slow tests
 
@@ -93,7 +94,7 @@ def test_a_config_that_differs_is_refused_by_field(tmp_path):
 
 
 def test_the_rates_inside_of_an_optimiser_are_seen():
-    one, other = (dict(checkpoints._fields(describe(optax.adamw(rate)))) for rate in (1e-4, 2e-4))
+    one, other = (dict(fields(describe(optax.adamw(rate)))) for rate in (1e-4, 2e-4))
     changed = {name for name in one if one[name] != other[name]}
     assert len(changed) == 1 and one.keys() == other.keys()
     assert describe(optax.adamw(1e-4)) == describe(optax.adamw(1e-4))
@@ -249,13 +250,27 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path, touches, moment):
     assert_same(toy.after(4 - newest, state=state), toy.after(4))
 
 
-def test_two_processes_save_what_one_reads_and_the_other_way(tmp_path):
-    args = ["-m", "tests.toy", str(tmp_path), "--mesh", "4x2"]
-    processes.run([*args, "--steps", "2"], 2, devices=4)
+def test_two_processes_go_on_from_one_and_one_from_two(tmp_path):
+    saved(tmp_path, [2])
+    processes.run(["-m", "tests.toy", str(tmp_path), "--mesh", "4x2", "--steps", "4"], 2, devices=4)
     with opened(tmp_path) as there:
-        state, _ = there.restore(toy.abstract("1"))
-        assert_same(state, toy.after(2))
-        there.save(3, toy.after(1, state=state), {"position": 3})
-    processes.run([*args, "--steps", "4"], 2, devices=4)
+        assert there.latest == 4
+        state, data = there.restore(toy.abstract("1"))
+    assert data == {"position": 4}
+    assert_same(state, toy.after(4))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_which_then_goes_on(tmp_path):
+    args = ["-m", "tests.toy", str(tmp_path), "--mesh", "4x2", "--size", "1024"]
+    endless = [*args, "--steps", "100000", "--heartbeat", "3"]
+    with processes.started(endless, 2, devices=4) as (first, second):
+        first.wait_for("step 9\n", 60)
+        second.send(signal.SIGKILL)
+        assert first.wait(40) == 2
+        assert first.err.splitlines()[-1].endswith("start all of them again")
+        assert "Traceback" not in first.err
     with opened(tmp_path) as there:
-        assert_same(there.restore(toy.abstract("8"))[0], toy.after(4))
+        newest = there.latest
+        assert newest is not None and newest >= 6
+        assert_same(there.restore(toy.abstract("8", 1024))[0], toy.after(newest, size=1024))

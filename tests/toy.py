@@ -153,7 +153,7 @@ def main() -> int:
     if args.fake_devices is not None:
         hosts.fake_devices(args.fake_devices)
     jax.config.update("jax_disable_most_optimizations", True)  # as in tests
-    hosts.initialise(args.coordinator, args.processes, args.process_id)
+    hosts.initialise(args.coordinator, args.processes, args.process_id, heartbeat=args.heartbeat)
     try:
         with hosts.guard():
             return train(args)
@@ -164,7 +164,8 @@ def main() -> int:
 
 def train(args: argparse.Namespace) -> int:
     state, start = started(args.mesh, args.size), 0
-    with stopping() as stop, Checkpoints(args.run, CONFIG, keep=2, may_differ=FREE) as saved:
+    here = jax.set_mesh(state.seen.sharding.mesh)  # type: ignore[attr-defined]
+    with here, stopping() as stop, Checkpoints(args.run, CONFIG, keep=2, may_differ=FREE) as saved:
         if saved.latest is not None:
             state, data = saved.restore(abstract(args.mesh, args.size))
             start = data["position"]

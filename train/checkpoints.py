@@ -12,13 +12,11 @@ at any moment finds only whole ones. The frozen base is not in here: it comes fr
 import contextlib
 import errno
 import functools
-import inspect
 import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import LiveAvatarError
+from train.description import describe, require_same
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "sums", "data", "config")
@@ -130,7 +128,7 @@ class Checkpoints:
         """
         step = self._require(step)
         stored = _read_json(self.folder, step, "config", self._way_out(step))
-        _require_config(stored, self.config, self.may_differ, self.folder / str(step))
+        require_same(stored, self.config, self.may_differ, str(self.folder / str(step)))
         _require_leaves(_shapes(self.folder, step, self._way_out(step)), _described(state),
                         self.folder / str(step))  # fmt: skip
         wanted = {path: _data_of(leaf) for path, leaf in leaves(state).items()}
@@ -220,48 +218,6 @@ class Checkpoints:
                 f"a step could not be saved in {self.folder} "
                 f"({type(error).__name__}: {said[0] if said else ''}); {intact}, {remedy}"
             ) from error
-
-
-def describe(config: Any) -> Any:
-    """Plain JSON values of an experiment: what two starts of a run are compared by.
-
-    Dataclasses, mappings, sequences and numbers are taken apart, objects into their settings
-    (not their weights), and functions into what they close over, such as the rates within an
-    optimiser of optax; of anything else its name stands in.
-    """
-    return _describe(config, ())
-
-
-def _describe(value: Any, above: tuple[int, ...]) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if np.isfinite(value) else str(value)
-    if isinstance(value, Path | np.dtype | np.number):
-        return str(value)
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    if id(value) in above or isinstance(value, type | ModuleType):
-        return name
-    inner = lambda part: _describe(part, (*above, id(value)))
-    if isinstance(value, Mapping):
-        return {str(key): inner(part) for key, part in value.items()}
-    if isinstance(value, Sequence | set | frozenset) and not hasattr(value, "_asdict"):
-        return [inner(part) for part in value]
-    parts = {key: inner(part) for key, part in sorted(_parts(value).items())}
-    return {"kind": name, **parts} if parts else name
-
-
-def _parts(value: Any) -> dict[str, Any]:
-    """What makes an object what it is, but for its arrays and the books of Flax."""
-    if inspect.ismethod(value):
-        return {"of": value.__self__}
-    if isinstance(value, functools.partial):
-        return {"func": value.func, "args": value.args, **value.keywords}
-    if inspect.isfunction(value):
-        return dict(inspect.getclosurevars(value).nonlocals)
-    fields = value._asdict() if hasattr(value, "_asdict") else getattr(value, "__dict__", {})
-    arrays = (nnx.Variable, jax.Array, np.ndarray)
-    return {k: v for k, v in fields.items() if "__" not in k and not isinstance(v, arrays)}
 
 
 def stored(run: str | Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
@@ -411,14 +367,21 @@ def _impl(dtype: Any) -> str:
 
 def _sums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     """A checksum of each array: its bits, added up. The same however it is split over devices."""
-    groups: dict[frozenset, dict[str, jax.Array]] = {}
+    groups: dict[Mesh, dict[str, jax.Array]] = {}
     for name, array in arrays.items():
-        groups.setdefault(frozenset(array.sharding.device_set), {})[name] = array
+        groups.setdefault(_mesh(array.sharding), {})[name] = array
     found: dict[str, int] = {}
-    for group in groups.values():
-        for name, value in jax.device_get(_added(group)).items():
-            found[name] = int(value)
+    for mesh, group in groups.items():
+        with jax.set_mesh(mesh):
+            sums = _added(group)
+        found |= {name: int(value) for name, value in jax.device_get(sums).items()}
     return found
+
+
+def _mesh(sharding: Sharding) -> Mesh:
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return Mesh(np.array(sorted(sharding.device_set, key=lambda device: device.id)), ("device",))
 
 
 @jax.jit
@@ -430,30 +393,6 @@ def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         return x
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-
-
-def _require_config(before: Any, now: Any, may_differ: Sequence[str], folder: epath.Path) -> None:
-    old, new = dict(_fields(before)), dict(_fields(now))
-    for name in sorted(old.keys() | new.keys()):
-        if any(name == free or name.startswith(free + ".") for free in may_differ):
-            continue
-        was, is_ = old.get(name, "absent"), new.get(name, "absent")
-        if was != is_:
-            raise LiveAvatarError(
-                f"{name} is {is_!r}, but the run was started with {was!r} ({folder}); set it back, "
-                "or start a new run in another folder"
-            )
-
-
-def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _fields(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(v, Mapping | list) for v in value):
-        for i, inner in enumerate(value):
-            yield from _fields(inner, f"{name}.{i}")
-    else:
-        yield name, value
 
 
 def _require_leaves(

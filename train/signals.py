@@ -83,7 +83,8 @@ def _largest(value: int) -> jax.Array:
     """The largest value that any process has, on its way."""
     sharding, reduce = _over_processes()
     mine = np.array([value], np.int32)
-    return reduce(jax.make_array_from_process_local_data(sharding, mine))
+    with jax.set_mesh(sharding.mesh):  # type: ignore[arg-type]  # instead of the loop's own
+        return reduce(jax.make_array_from_process_local_data(sharding, mine))
 
 
 @functools.cache
