@@ -236,6 +236,17 @@ class Layout:
         """Keys and values as they lie from call to call."""
         return cache
 
+    def append(
+        self,
+        cache: KVCache,
+        fresh: KV,
+        step: int | Int[Array, ""],
+        block: Int[Array, " b"],
+        live: Bool[Array, " b"],
+    ) -> KVCache:
+        """`KVCache.append`, each device its rows and heads."""
+        return cache.append(fresh, step, block, live)
+
     def attention(
         self,
         q: Float[Array, "b n t d"],

@@ -155,7 +155,8 @@ class CausalDiT(nnx.Module):
             )
         x = jnp.pad(context, ((0, 0), (0, missing), (0, 0)))
         x = self.text_out(jax.nn.gelu(self.text_in(x), approximate=True))
-        return jax.vmap(lambda block: block.cross_attn.context(x))(self.blocks)
+        # Layer by layer: of weights that lie apart, no more than one layer's are together.
+        return jax.lax.map(lambda block: block.cross_attn.context(x), self.blocks)
 
     def level(self, sigma: Float[Array, "b f"]) -> Level:
         """Time embedding and modulation of each frame's noise level, in float32 throughout."""

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from liveavatar_jax.models.attention import KV, ONE_DEVICE, Layout, attention
+from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, Layout, attention
 from liveavatar_jax.parallel.mesh import FSDP, ROWS, SEQUENCE, STAGE, TENSOR, VAE
 from liveavatar_jax.paths import leaves, replace
-from liveavatar_jax.types import Array, Float, Int, LiveAvatarError
+from liveavatar_jax.types import Array, Bool, Float, Int, LiveAvatarError
 
 Axis = str | tuple[str, ...] | None
 Table = tuple[tuple[str, tuple[Axis, ...]], ...]
@@ -191,6 +191,26 @@ class Parted(Layout):
         by_heads = lambda a: P(*[None] * (a.ndim - 4), self.rows or None, self.heads, None, None)
         pin = lambda a: jax.lax.with_sharding_constraint(a, by_heads(a))
         return jax.tree.map(pin, cache)
+
+    def append(
+        self,
+        cache: KVCache,
+        fresh: KV,
+        step: int | Int[Array, ""],
+        block: Int[Array, " b"],
+        live: Bool[Array, " b"],
+    ) -> KVCache:
+        if not self.rows:
+            return super().append(cache, fresh, step, block, live)
+        whole, rows = P(None, None, self.rows, self.heads), P(self.rows)
+        new = P(None, self.rows, self.heads)
+
+        def own(ring: KV, fresh: KV, step: Array, block: Array, live: Array) -> KV:
+            return KVCache(ring=ring, sink=fresh).append(fresh, step, block, live).ring
+
+        write = self._on(self.heads, (whole, new, P(), rows, rows), whole)(own)
+        ring = write(cache.ring, fresh, jnp.asarray(step), block, live)
+        return KVCache(ring=ring, sink=cache.sink)
 
     def _by_token(self, x: Float[Array, "b f pp n d"]) -> Float[Array, "b f pp n d"]:
         return self._pin(x, None, self.tokens, TENSOR)
