@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from liveavatar_jax.paths import leaves
 from liveavatar_jax.types import LiveAvatarError
@@ -70,6 +71,18 @@ def test_a_state_may_be_donated_while_it_is_written(tmp_path):
         for step in (1, 2, 3):
             found, _ = there.restore(toy.abstract("8", 4096), step)
             assert_same(found, toy.after(step, size=4096))
+
+
+def test_what_is_offloaded_to_the_host_comes_back_there(tmp_path):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    on_host = NamedSharding(mesh, PartitionSpec("fsdp"), memory_kind="pinned_host")
+    state = {"m": jax.device_put(jnp.arange(16.0), on_host), "x": jnp.arange(8)}
+    with jax.set_mesh(mesh), opened(tmp_path) as there:
+        there.save(1, state, {})
+        there.wait()
+        found, _ = there.restore(state)
+    assert_same(found, state)
+    assert found["m"].sharding == on_host
 
 
 def test_the_newest_steps_and_every_fourth_are_kept(tmp_path):

@@ -200,8 +200,8 @@ class Checkpoints:
         """One sentence for what stopped a save, and no half-written step left behind."""
         try:
             yield
-        except LiveAvatarError:
-            raise
+        except (LiveAvatarError, jax.errors.JaxRuntimeError):
+            raise  # the latter of a lost process, which `hosts.guard` knows about
         except Exception as error:  # tensorstore and Orbax raise what they like
             if jax.process_index() == 0:
                 for stray in self.folder.glob("*orbax-checkpoint-tmp*"):
@@ -386,7 +386,8 @@ def _mesh(sharding: Sharding) -> Mesh:
 
 @jax.jit
 def _added(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _bits(x).astype(jnp.uint32).sum(dtype=jnp.uint32) for name, x in arrays.items()}
+    near = jax.device_put(arrays, jax.memory.Space.Device)  # what is offloaded to the host
+    return {name: _bits(x).astype(jnp.uint32).sum(dtype=jnp.uint32) for name, x in near.items()}
 
 
 def _bits(x: jax.Array) -> jax.Array:
