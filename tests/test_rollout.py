@@ -46,11 +46,10 @@ def student(policy: Policy = INFERENCE, **changes: Any) -> Streamed:
     return Streamed(cfg, policy)
 
 
-def given(past: str, blocks: int = BLOCKS, rows: int = 2, clean: bool = False) -> Given:
+def given(past: str, blocks: int = BLOCKS, rows: int = 2) -> Given:
     features = normal(3, rows, 1, 4 * F * blocks, DIT.audio_layers, DIT.audio_dim)
     keys = jax.random.split(jax.random.key(4), blocks)
-    real = normal(5, blocks, rows, F, H, W, 16) if clean else None
-    return Given(chunk=said(features, blocks, past), key=keys, clean=real)
+    return Given(chunk=said(features, blocks, past), key=keys)
 
 
 def begin(learner: Streamed, model: CausalDiT, rows: int = 2):
@@ -63,7 +62,7 @@ def steps(exit: int, first: int = 0) -> Steps:
     return Steps(first=jnp.int32(first), exit=jnp.int32(exit))
 
 
-@pytest.mark.parametrize("history, past", [(None, "repeat"), (None, "true"), (0.3, "repeat")])
+@pytest.mark.parametrize("history, past", [(None, "true"), (0.3, "repeat")])
 def test_a_rollout_to_the_last_step_is_the_stream(history, past):
     """Block for block, with sinks renewed, the ring overwritten and positions far in a video."""
     learner = student(Policy(positions=50), history=history, audio_past=past)
@@ -94,26 +93,11 @@ def test_a_rollout_to_the_last_step_is_the_stream(history, past):
 # ---- gradients
 
 
-POLICIES = {
-    "own level": (INFERENCE, {}),
-    "exit level, renoised": (Policy(history="exit", transition="renoise"), {}),
-    "clean again": (INFERENCE, {"history": 0.0}),
-    "fixed, renoised": (Policy(transition="renoise"), {"history": 0.4, "audio_past": "true"}),
-    "anchored": (Policy(anchor=1.0, anchor_steps=(0.5, 0.5)), {}),
-}
-
-
-@pytest.mark.parametrize("name, window", [*((name, None) for name in POLICIES), ("own level", 2)])
-def test_replay_is_the_full_gradient(name, window):
-    """Of adapters and of all weights together, for a loss that couples all blocks."""
-    policy, changes = POLICIES[name]
-    learner = student(policy, **changes)
-    some = given(learner.cfg.stream.audio_past, clean=policy.anchor > 0)
-    at = steps(2, first=1) if policy.anchor else steps(1)
-    kept = BLOCKS if window is None else window
-
-    def loss(x):
-        return jnp.mean(jnp.cumsum(x, axis=1) ** 2 * jnp.cos(x))
+@pytest.mark.parametrize("history, past, window", [(None, "repeat", 2), (0.4, "true", None)])
+def test_replay_is_the_full_gradient(history, past, window):
+    """Of adapters and of all weights together, with the sink renewed on the way."""
+    learner, at = student(history=history, audio_past=past), steps(1)
+    policy, some, kept = learner.policy, given(past), window or BLOCKS
 
     def made(trainable):
         model = make(trainable)
@@ -174,51 +158,102 @@ class Ball:
     x: jax.Array
 
 
+@struct
+class Shelf:
+    """A memory: what each ring holds, and something made from the network."""
+
+    rings: jax.Array
+    text: jax.Array
+
+
 class Toy:
-    """A student whose network is one number for each step, and whose memory is a sum."""
+    """A student of a few numbers, with everything that a student has."""
 
     sigma = jnp.asarray([1.0, 0.7, 0.3, 0.0])
-    own_rings = False
-    again = None
+
+    def __init__(self, own_rings=False, again=None):
+        self.own_rings, self.again = own_rings, again
+
+    def start(self, rows=1):
+        rings = jnp.zeros((3 if self.own_rings else 1, rows, 2, 1, 1, 2))
+        return Shelf(rings=rings, text=jnp.zeros(2))
 
     def enter(self, model, memory, given):
-        return memory, Ball(given.chunk)
+        return dataclasses.replace(memory, text=model["text"]), Ball(given.chunk)
 
     def live(self, model, memory, flight, given):
-        return memory, flight
+        return dataclasses.replace(memory, text=model["text"]), flight
 
     def velocity(self, model, memory, flight, step, ring):
-        v = model[step] * (flight.x + memory)
-        return v, v.sum()
+        scale = model["step"][jnp.minimum(step, 2)]
+        v = jnp.sin(scale * flight.x + memory.rings[ring] + memory.text[None, None, None, None])
+        return v, v * model["key"]
 
     def remember(self, memory, flight, fresh, ring):
-        return memory + fresh
+        return dataclasses.replace(
+            memory, rings=memory.rings.at[ring].multiply(0.5).at[ring].add(fresh)
+        )
 
     def leave(self, memory, flight):
-        return memory
+        return dataclasses.replace(memory, rings=memory.rings + 0.01 * flight.x[None])
 
     def alone(self, memory, ring):
-        return memory
+        return dataclasses.replace(memory, rings=memory.rings[ring][None])
 
 
-def test_gradient_flows_through_the_chosen_step_only():
-    """Neither through earlier steps, nor through what earlier blocks are remembered by."""
-    noise = normal(0, 4, 1, 1, 1, 1, 1)
-    some = Given(chunk=noise, key=jax.random.split(jax.random.key(0), 4))
-    model = jnp.asarray([0.3, -0.2, 0.5])
-    for exit in range(3):
+TOY = {
+    "step": jnp.asarray([0.3, -0.2, 0.5]), "text": jnp.asarray([0.1, 0.7]), "key": jnp.asarray(0.8)
+}  # fmt: skip
 
-        def clip(model, exit=exit):
-            return rollout(Toy(), model, jnp.zeros(()), some, steps(exit), Policy())
 
-        grads = jax.grad(lambda m: clip(m).x.sum())(model)
-        assert np.flatnonzero(grads).tolist() == [exit]
-        # By hand: d clean / d model = -sigma (x + memory), whose sum telescopes with the memory.
-        out, memory, want = clip(model), 0.0, 0.0
-        for x in out.inputs:
-            want -= float(Toy.sigma[exit]) * float(x.sum() + memory)
-            memory += float(model[exit]) * float(x.sum() + memory)
-        np.testing.assert_allclose(grads[exit], want, rtol=1e-5)
+def toy_given(blocks=4, rows=2):
+    noise, real = normal(0, blocks, rows, 2, 1, 1, 2), normal(1, blocks, rows, 2, 1, 1, 2)
+    return Given(chunk=noise, key=jax.random.split(jax.random.key(0), blocks), clean=real)
+
+
+def loss(x):
+    """Couples all blocks."""
+    return jnp.mean(jnp.cumsum(x, axis=1) ** 2 * jnp.cos(x))
+
+
+@pytest.mark.parametrize("transition", ["ode", "renoise"])
+@pytest.mark.parametrize(
+    "own_rings, again", [(True, None), (False, None), (False, 0.0), (False, 0.4)]
+)
+def test_replay_is_the_full_gradient_for_every_policy(own_rings, again, transition):
+    learner, policy, window = Toy(own_rings, again), Policy(transition=transition), 3
+    some = toy_given()
+
+    def made(model, at):
+        return rollout(learner, model, learner.start(2), some, at, policy, window=window)
+
+    @jax.jit
+    def both(model, at):
+        out = made(model, at)
+        last = jax.tree.map(lambda a: a[4 - window :], some)
+        got = replay(learner, lambda m: m, model, out, last, jax.grad(loss)(out.x), policy)
+        return got, jax.grad(lambda model: loss(made(model, at).x))(model)
+
+    for at in (steps(0), steps(1), steps(2), steps(2, first=1)):
+        got, want = both(TOY, at)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
+        assert float(want["key"]) == 0  # what is remembered carries no gradient
+        assert np.flatnonzero(want["step"]).tolist() == [int(at.exit)]
+        assert float(jnp.abs(want["text"]).max()) > 1e-4
+
+
+def test_the_gradient_is_that_of_the_exit_steps_alone():
+    """By hand: the sum over blocks of the derivative of the exit's prediction, all else fixed."""
+    learner, at = Toy(own_rings=True), steps(1)
+    some = toy_given()
+    out = rollout(learner, TOY, learner.start(2), some, at)
+    want, ring = 0.0, jnp.zeros((2, 2, 1, 1, 2))
+    for x, clean in zip(out.inputs, jnp.split(out.x, 4, axis=1), strict=True):
+        angle = TOY["step"][1] * x + ring + TOY["text"][None, None, None, None]
+        want += float(jnp.sum(-learner.sigma[1] * jnp.cos(angle) * x))
+        ring = 0.5 * ring + jnp.sin(angle) * TOY["key"] + 0.01 * clean
+    made = lambda model: rollout(learner, model, learner.start(2), some, at).x.sum()
+    np.testing.assert_allclose(jax.grad(made)(TOY)["step"][1], want, rtol=1e-5)
 
 
 # ---- which steps, and what is refused
@@ -237,35 +272,21 @@ def test_all_hosts_draw_the_same_steps_and_all_steps_come():
 
 
 def test_an_anchored_rollout_starts_from_the_real_clip():
-    learner = student(Policy(anchor=1.0, anchor_steps=(0.5, 0.5)))
-    real, far = given("repeat", clean=True), given("repeat")
-
-    @jax.jit
-    def inputs(model, some, first):
-        at = Steps(first=first, exit=jnp.int32(2))
-        return rollout(learner, model, begin(learner, model), some, at, learner.policy).inputs
-
-    anchored = inputs(dit(), real, jnp.int32(2))  # the exit is the first step that runs
-    noise = (anchored - (1 - learner.sigma[2]) * real.clean) / learner.sigma[2]
-    plain = inputs(dit(), far, jnp.int32(2))
-    np.testing.assert_allclose(noise, plain, atol=1e-2)  # sigma of the last step is small
-    np.testing.assert_array_equal(
-        inputs(dit(), real, jnp.int32(0)), inputs(dit(), far, jnp.int32(0))
-    )
+    learner, some = Toy(), toy_given()
+    anchored = rollout(learner, TOY, learner.start(2), some, steps(2, first=2)).inputs
+    np.testing.assert_allclose(anchored, 0.7 * some.clean + 0.3 * some.chunk, rtol=1e-5)
+    plain = dataclasses.replace(some, clean=None)
+    same = [rollout(learner, TOY, learner.start(2), each, steps(2)).x for each in (some, plain)]
+    np.testing.assert_array_equal(*same)
 
 
 def test_early_blocks_can_be_left_out():
-    """A rollout of three blocks without the first is one of two blocks."""
-    learner = student(sink_after=None, distance=0)
-    some = given("repeat")
-
-    @functools.partial(jax.jit, static_argnames="window")
-    def made(model, some, skip, window):
-        memory = begin(learner, model)
-        return rollout(learner, model, memory, some, steps(1), window=window, skip=skip).x
-
-    short = made(dit(), jax.tree.map(lambda a: a[1:], some), 0, 1)
-    np.testing.assert_allclose(made(dit(), some, 1, 1), short, atol=1e-5)
+    """A rollout of four blocks without the first two is one of two blocks."""
+    learner, some = Toy(own_rings=True), toy_given()
+    late = jax.tree.map(lambda a: a[2:], some)
+    skipped = rollout(learner, TOY, learner.start(2), some, steps(1), window=1, skip=jnp.int32(2))
+    short = rollout(learner, TOY, learner.start(2), late, steps(1), window=1)
+    np.testing.assert_allclose(skipped.x, short.x, rtol=1e-6)
 
 
 @pytest.mark.parametrize("changes, words", [
