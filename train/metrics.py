@@ -388,7 +388,7 @@ def _animation(frames: np.ndarray, fps: int, side: int = 256) -> tuple[int, int,
     for image in images:
         image.thumbnail((side, side))
     out = io.BytesIO()
-    first, *others = [image.quantize(64) for image in images]
+    first, *others = [image.quantize(64, Image.Quantize.FASTOCTREE) for image in images]
     first.save(out, "GIF", save_all=True, append_images=others, duration=2000 // fps, loop=0)
     return first.height, first.width, out.getvalue()
 
