@@ -52,7 +52,7 @@ def learn(
 
     The norm before that is reported, and which leaves of the gradient are finite.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     metrics = {"grad_norm": norm, "grads": finite(grads)}
     if clip is not None:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
