@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -235,3 +237,16 @@ def test_objectives_are_static_in_a_program():
     run(X, key=KEY)
     run(X + 1, key=jax.random.key(1))
     assert run._cache_size() == 1
+
+
+def test_the_variant_in_the_readme_is_one():
+    """Its gradient is DMD's before the norm, cut off."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "class Huber" in b)
+    names = {"nnx": nnx, "jnp": jnp, "Levels": Levels}
+    exec(block, names)
+    gradient, _ = names["Huber"](0.1)(X, SCORES, KEY)
+    plain, _ = DMD(Guidance(1.0, 1.0))(X, SCORES, KEY)
+    cut = np.abs(np.asarray(gradient)) * X.size > 0.0999
+    assert 0.1 < cut.mean() < 0.9
+    assert (np.sign(gradient) == -np.sign(plain)).mean() < 1e-3

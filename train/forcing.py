@@ -6,6 +6,7 @@ One jitted, donated step; the loop around it reads, watches, saves and can be st
 moment and started again.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,8 @@ def train(run: Run) -> int:
     """The loop. Returns the exit code."""
     exp, frozen = run.experiment, run.frozen()
     state, done = run.begin(functools.partial(start, exp), frozen)
+    if exp.adapters is None:  # then the base was but a beginning
+        frozen = dataclasses.replace(frozen, base=None)
     compiled = run.compiled(functools.partial(train_step, exp, run.layout), state)
     with run.watching(done) as (watch, stop):
         for step in range(done, exp.steps):

@@ -35,8 +35,8 @@ def network(exp: Forcing, frozen: Frozen, params: Any) -> CausalDiT:
 
 def initial(exp: Forcing, base: CausalDiT, key: Key[Array, ""]) -> Any:
     """A learner's parameters before it has learnt: adapters that change nothing, or the base."""
-    if exp.adapters is None:
-        return jax.tree.map(lambda a: a.astype(jnp.float32), base)
+    if exp.adapters is None:  # a copy: what learns is donated from step to step
+        return jax.tree.map(lambda a: jnp.copy(a.astype(jnp.float32)), base)
     return lora.init(base, exp.adapters.targets, exp.adapters.rank, key=key)
 
 
