@@ -102,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, help="write the figures there, too")
 
     p = command(_plan, "What a mesh of chips would give, without having one.")
-    p.add_argument("--mesh", default="stage=4,vae=1", help="default: %(default)s")
+    p.add_argument("--train", metavar="CONFIG", help="plan the steps of this experiment, as "
+                   "configs/distill_pod.py (from the root of the project)")  # fmt: skip
+    p.add_argument("--topology", metavar="CHIP:SHAPE", default="v5p:4x4x4", help="for --train: a "
+                   "slice of TPUs, or h100:64 (default: %(default)s)")  # fmt: skip
+    p.add_argument("--mesh", help="default: stage=4,vae=1, or that of the experiment")
     p.add_argument("--chip", default="h800", help="h100, h800, h200, b200, v5e, v5p, v6e "
                    "(default: %(default)s)")  # fmt: skip
     p.add_argument("--weights", choices=("bf16", "int8", "fp8"), default="bf16")
@@ -113,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, nargs="+", metavar="N",
                    help="to project (default: 2, 3, 4 and the mesh's stages)")  # fmt: skip
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="ROOM.FIELD=VALUE",
-                   help="of the model's config, as dit.layers=60 stream.steps=2")  # fmt: skip
+                   help="of the model's config, as dit.layers=60 stream.steps=2; with --train of "
+                   "the experiment's, as data.batch=16 model.dit.remat=full")  # fmt: skip
     p.add_argument("--no-compile", action="store_true", help="count only; needs no extra")
     p.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
                    help="for each program to compile (default: %(default)g)")  # fmt: skip
@@ -201,14 +206,14 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    import json
-
+    if args.train is not None:
+        return _plan_training(args)
     from liveavatar_jax.plan.report import Request, plan
     from liveavatar_jax.plan.table import to_json, to_text
 
     report = plan(
         Request(
-            mesh=args.mesh,
+            mesh=args.mesh or "stage=4,vae=1",
             chip=args.chip,
             weights=args.weights,
             size=args.size,
@@ -220,12 +225,44 @@ def _plan(args: argparse.Namespace) -> int:
         )
     )
     print(to_text(report))
-    if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(to_json(report), indent=1))
-        except OSError as error:
-            raise LiveAvatarError(f"{args.json}: cannot be written: {error.strerror}") from None
+    _write(args.json, to_json(report))
     return 0
+
+
+def _plan_training(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(Path.cwd()))  # where `train` lies beside the configs
+    try:
+        from liveavatar_jax.plan.pod import Request, plan
+        from liveavatar_jax.plan.podtable import to_json, to_text
+    except ModuleNotFoundError as error:
+        raise LiveAvatarError(
+            f"--train needs {error.name}: run it from the root of the project, with the extra "
+            "`liveavatar-jax[train]`"
+        ) from None
+    report = plan(
+        Request(
+            config=args.train,
+            topology=args.topology,
+            mesh=args.mesh,
+            changes=args.set,
+            size=args.size,
+            compile=not args.no_compile,
+            timeout=args.timeout,
+        )
+    )
+    print(to_text(report))
+    _write(args.json, to_json(report))
+    return 0
+
+
+def _write(file: Path | None, values: dict) -> None:
+    import json
+
+    try:
+        if file is not None:
+            file.write_text(json.dumps(values, indent=1))
+    except OSError as error:
+        raise LiveAvatarError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

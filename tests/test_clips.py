@@ -16,6 +16,8 @@ from liveavatar_jax.data.clips import DataConfig, Shards, Source, open_clips, op
 from liveavatar_jax.data.records import About, BrokenRecord, Clip, Shapes, pack, unpack, write_shard
 from liveavatar_jax.types import LiveAvatarError
 
+from .test_video import disk
+
 SHAPES = Shapes(f=2, m=3, h=4, w=6, c=5, layers=2, audio_dim=3, text_dim=7)
 TEXT_LEN = 9
 REFERENCES = 3
@@ -381,6 +383,8 @@ def test_bad_settings_are_one_sentence(shards, tmp_path):
 
 
 def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
+    """Be it interrupted, without a folder, or on a full disk."""
+
     def records():
         yield pack(clip(1))
         raise KeyboardInterrupt
@@ -390,6 +394,8 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     assert write_shard(tmp_path / "b.array_record", []) == 0
     with pytest.raises(LiveAvatarError, match="cannot write"):
         write_shard(tmp_path / "missing" / "c.array_record", [pack(clip(1))])
+    with pytest.raises(LiveAvatarError, match=r"cannot write .*too large"), disk(50_000):
+        write_shard(tmp_path / "c.array_record", [pack(clip(n)) for n in range(30)])
     assert list(tmp_path.iterdir()) == []
     assert write_shard(tmp_path / "d.array_record", [pack(clip(1))]) == 1
     assert len(Shards([tmp_path], TEXT_LEN)) == 1

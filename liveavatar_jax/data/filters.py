@@ -141,6 +141,7 @@ def examine(
             for picture in _pictures(file, stream, cfg, start, len(frames), (x, y)):
                 frames[count] = picture
                 count += 1
+            _long_enough(count / FPS, cfg)
             late = _begin(file.streams.audio[0]) - _begin(stream) - start
         samples = _samples(path, late, count, cfg)
     except _Unfit as error:
@@ -301,13 +302,13 @@ def _crop(
     image: Image.Image, square: float, cfg: WindowConfig, face: tuple[float, float]
 ) -> tuple[float, float, float, float]:
     """The largest box of the wanted shape around the face that the picture holds, in pixels."""
-    width, height = image.size
+    width, height = map(float, image.size)
     shape = cfg.width / cfg.height / square
     w, h = min(width, shape * height), min(height, width / shape)
     if max(cfg.height / h, cfg.width / (w * square)) > cfg.enlarge:
-        raise _Unfit("too small", f"{width}x{height}")
-    left = min(max(face[0] * width - w / 2, 0), width - w)
-    top = min(max(face[1] * height - h / 2, 0), height - h)
+        raise _Unfit("too small", f"{image.width}x{image.height}")
+    left = min(max(face[0] * width - w / 2, 0.0), width - w)
+    top = min(max(face[1] * height - h / 2, 0.0), height - h)
     return left, top, left + w, top + h
 
 
