@@ -77,8 +77,8 @@ def _parser(text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def load(path: Path, kind: type, changes: Sequence[str] = ()) -> Any:
-    """The experiment that a config file builds, with changes.
+def load(path: Path, kinds: tuple[type, ...], changes: Sequence[str] = ()) -> Any:
+    """The experiment that a config file builds, with changes; `kinds` are those it may be of.
 
     Raises LiveAvatarError when the file is missing, builds something else, or a change does not
     fit.
@@ -95,10 +95,10 @@ def load(path: Path, kind: type, changes: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:
         raise LiveAvatarError(f"{path} fails: {type(error).__name__}: {error}") from None
-    if type(experiment) is not kind:
+    if type(experiment) not in kinds:
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
         raise LiveAvatarError(
-            f"{path}: config() returns a {type(experiment).__name__}, this stage takes a "
-            f"{kind.__name__}"
+            f"{path}: config() returns a {type(experiment).__name__}, this stage takes a {wanted}"
         )
     return change(experiment, changes)
 
@@ -107,7 +107,7 @@ class Run:
     """What a loop works with. A context manager: what is being saved is waited for at the end."""
 
     def __init__(self, args: argparse.Namespace, kind: type):
-        experiment: Any = load(args.config, kind, args.set)
+        experiment: Any = load(args.config, (kind,), args.set)
         if args.mesh is not None:
             experiment = dataclasses.replace(experiment, mesh=TrainMesh.parse(args.mesh))
         self.experiment, self.args = experiment, args

@@ -44,7 +44,9 @@ class Collective:
     bytes: int  # of the larger of operand and result
     groups: tuple[tuple[int, ...], ...]  # devices that exchange; of a permute, (source, target)
     axes: tuple[str, ...]  # of the mesh, along which they differ
-    times: int | None  # it runs in a tick; None in a loop whose count the text does not tell
+    times: (
+        float | int | None
+    )  # it runs in a tick; None in a loop whose count the text does not tell
     in_loop: bool
     in_branch: bool
 
@@ -57,15 +59,18 @@ class Collective:
         return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives(
+    text: str, mesh: Mapping[str, int], loops: float | int | None = None
+) -> list[Collective]:
     """All collectives in the text of a compiled program (`compiled.as_text()`).
 
     `mesh` gives the sizes of the mesh's axes; devices are numbered along it row by row, as in
-    `mesh.devices.flat`. An asynchronous pair counts once. Raises LiveAvatarError for groups in a
-    notation that is not known here.
+    `mesh.devices.flat`. An asynchronous pair counts once. `loops` is how often loops are taken to
+    run whose count depends on data. Raises LiveAvatarError for groups in a notation that is not
+    known here.
     """
     computations = _computations(text)
-    runs = _runs(computations)
+    runs = _runs(computations, loops)
     found = []
     for name, lines in computations.items():
         for line in lines:
@@ -92,7 +97,7 @@ def bytes_by_axes(found: Iterable[Collective], taken: float = 1.0) -> dict[tuple
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    times: int | None = 1
+    times: float | int | None = 1
     in_loop: bool = False
     in_branch: bool = False
 
@@ -127,13 +132,15 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _runs(computations: Mapping[str, Sequence[str]]) -> dict[str, _Run]:
+def _runs(
+    computations: Mapping[str, Sequence[str]], loops: float | int | None = None
+) -> dict[str, _Run]:
     """How each computation that the entry reaches is run."""
     runs, waiting = {"": _Run()}, [""]
     while waiting:
         name = waiting.pop()
         for line in computations.get(name, ()):
-            for called, run in _calls(line, runs[name], computations):
+            for called, run in _calls(line, runs[name], computations, loops):
                 if called not in runs:
                     runs[called] = run
                     waiting.append(called)
@@ -141,12 +148,16 @@ def _runs(computations: Mapping[str, Sequence[str]]) -> dict[str, _Run]:
 
 
 def _calls(
-    line: str, run: _Run, computations: Mapping[str, Sequence[str]]
+    line: str,
+    run: _Run,
+    computations: Mapping[str, Sequence[str]],
+    loops: float | int | None = None,
 ) -> list[tuple[str, _Run]]:
     called = dict((key, name) for key, name in _CALLED.findall(line))
     found = [(name, run) for key, name in called.items() if key in ("calls", "to_apply")]
     if "body" in called:
-        trips = _trips(line, computations.get(called.get("condition", ""), ()))
+        trips: float | int | None = _trips(line, computations.get(called.get("condition", ""), ()))
+        trips = loops if trips is None else trips
         times = None if trips is None or run.times is None else run.times * trips
         if run.in_branch:
             times = None

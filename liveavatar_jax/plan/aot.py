@@ -64,6 +64,7 @@ class Memory:
     outputs: int  # without those that take an argument's place
     temporaries: int
     parts: dict[str, int]  # of the arguments, by the names that the builder gave
+    host: int = 0  # what a device keeps in the memory of its host
 
     @property
     def peak(self) -> int:
@@ -83,12 +84,19 @@ class Compiled:
 
 
 def compile_ahead(
-    builder: str, target: Chip, devices: int, timeout: float = 1800.0, **request: Any
+    builder: str,
+    target: Chip,
+    devices: int,
+    timeout: float = 1800.0,
+    slices: int = 1,
+    loops: float | int | None = None,
+    **request: Any,
 ) -> Compiled:
     """Compiles `builder`'s program for at least `devices` chips.
 
     `builder` is "package.module:function"; it is called there with the chips of the smallest
-    topology that has so many, and `request`, plain JSON values, and returns a `Program`.
+    topology that has so many, and `request`, plain JSON values, and returns a `Program`. TPUs may
+    be those of several `slices`. `loops` is how often loops run whose count depends on data.
 
     Raises LiveAvatarError where the compiler is not installed, refuses the program for another
     reason than its size, or takes longer than `timeout` seconds.
@@ -101,7 +109,8 @@ def compile_ahead(
         )
     with tempfile.TemporaryDirectory() as folder:
         ask, answer = Path(folder) / "request.json", Path(folder) / "result.json"
-        asked = {"builder": builder, "chip": target.name, "devices": devices, "request": request}
+        asked = {"builder": builder, "chip": target.name, "devices": devices, "slices": slices,
+                 "request": request}  # fmt: skip
         ask.write_text(json.dumps(asked))
         command = [sys.executable, "-m", __name__, str(ask), str(answer)]
         try:
@@ -118,7 +127,7 @@ def compile_ahead(
             cause = next((line for line in reversed(said) if _CAUSE.match(line)), said[-1])
             raise LiveAvatarError(f"{builder} does not compile for {target.name}: {cause[:500]}")
         said = json.loads(answer.read_text())
-    found = tuple(collectives(said["text"], said["mesh"]))
+    found = tuple(collectives(said["text"], said["mesh"], loops))
     memory = said["memory"] and Memory(**said["memory"])
     return Compiled(memory, said["needed"], found, said["seconds"], said["text"])
 
@@ -132,11 +141,12 @@ def installed(target: Chip) -> bool:
 # ---- in the process that compiles
 
 
-def topology(target: Chip, devices: int) -> list[Any]:
-    """All devices of the smallest slice, or hosts, of this chip that has so many."""
-    name = target.topology(devices)
+def topology(target: Chip, devices: int, slices: int = 1) -> list[Any]:
+    """All devices of the smallest slices, or hosts, of this chip that have so many."""
+    name = target.topology(devices if target.platform == "cuda" else -(-devices // slices))
     if target.platform == "tpu":
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        more = {"num_slices": slices} if slices > 1 else {}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
     else:
         described = topologies.get_topology_desc(
             target.name, "cuda", target_config=gpu_target(target), topology=name
@@ -152,7 +162,7 @@ def _held(tree: Any) -> int:
 
 def _main(ask: str, answer: str) -> None:
     asked = json.loads(Path(ask).read_text())
-    devices = topology(chip(asked["chip"]), asked["devices"])
+    devices = topology(chip(asked["chip"]), asked["devices"], asked["slices"])
     module, function = asked["builder"].split(":")
     program = getattr(importlib.import_module(module), function)(devices, **asked["request"])
     begun = time.perf_counter()
@@ -173,6 +183,7 @@ def _main(ask: str, answer: str) -> None:
             "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
             "temporaries": stats.temp_size_in_bytes,
             "parts": {name: _held(tree) for name, tree in program.parts.items()},
+            "host": stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
         }
         result["text"] = compiled.as_text()
     result["seconds"] = time.perf_counter() - begun

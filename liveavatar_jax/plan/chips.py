@@ -2,7 +2,8 @@
 
 Peaks are dense (no structured sparsity), in operations per second. `link` is what one device can
 send to one neighbour, one direction: half of a vendor's "bidirectional" figure, and on a TPU one
-of the chip's ports, for a permute to the next stage takes one path.
+of the chip's ports, for a permute to the next stage takes one path. `network` is what one device
+can send to another host, or on TPUs to another slice.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ class Chip:
     platform: str  # "cuda" or "tpu"
     target: Mapping[str, str]  # cuda: fields of the target description; tpu: slices by chips
     source: str
+    network: float = 50e9
 
     def rate(self, dtype: str) -> float:
         """Peak of products in `dtype`, in bf16 where the chip has no faster path for it."""
@@ -71,15 +73,22 @@ def _gpu(
 
 
 def _tpu(
-    name: str, gib: float, bandwidth: float, link: float, bf16: float, int8: float, shapes: str
+    name: str,
+    gib: float,
+    bandwidth: float,
+    link: float,
+    bf16: float,
+    int8: float,
+    shapes: str,
+    network: float,
 ) -> Chip:
     slices = {str(math.prod(map(int, shape.split("x")))): shape for shape in shapes.split()}
     source, peak = f"Google Cloud documentation, TPU {name}", {"bf16": bf16, "int8": int8}
-    return Chip(name, gib * GIB, bandwidth, peak, link, "tpu", slices, source)
+    return Chip(name, gib * GIB, bandwidth, peak, link, "tpu", slices, source, network)
 
 
 _HGX = "NVIDIA HGX B200 datasheet, 2024 (1000 W)"
-_FLAT, _CUBE = "2x2 2x4 4x4 4x8 8x8 16x16", "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8"
+_FLAT, _CUBE = "2x2 2x4 4x4 4x8 8x8 16x16", "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8"
 
 # GPU memory is what the driver reports, TPU memory what the TPU compiler lets a program have.
 _ALL = (
@@ -87,9 +96,9 @@ _ALL = (
     _gpu("h800", 84.94e9, 3.35e12, 200e9, "NVIDIA H100 SXM datasheet; NVLink cut to 400 GB/s"),
     _gpu("h200", 150.75e9, 4.8e12, 450e9, "NVIDIA H200 SXM datasheet, 2024"),
     _gpu("b200", 191.5e9, 8.0e12, 900e9, _HGX, 2250e12, _BLACKWELL),
-    _tpu("v5e", 15.75, 819e9, 50e9, 197e12, 393e12, _FLAT),
-    _tpu("v5p", 95.74, 2765e9, 100e9, 459e12, 918e12, _CUBE),
-    _tpu("v6e", 31.25, 1638e9, 100e9, 918e12, 1836e12, _FLAT),
+    _tpu("v5e", 15.75, 819e9, 50e9, 197e12, 393e12, _FLAT, 3.1e9),
+    _tpu("v5p", 95.74, 2765e9, 100e9, 459e12, 918e12, _CUBE, 6.2e9),
+    _tpu("v6e", 31.25, 1638e9, 100e9, 918e12, 1836e12, _FLAT, 12.5e9),
 )
 CHIPS: Mapping[str, Chip] = {each.name: each for each in _ALL}
 

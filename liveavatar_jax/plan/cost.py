@@ -80,17 +80,15 @@ def forward(cfg: ModelConfig, size: Size) -> Cost:
     tokens = frames * size.frame
     seen = cfg.stream.ring_blocks * tokens + size.sink(cfg.stream.motion)
     patch = 4 * dit.latent_channels
-    ends = _linear(size, rows * tokens, patch, dit.dim) + _linear(
-        size, rows * tokens, dit.dim, patch
-    )
+    ends = linear(size, rows * tokens, patch, dit.dim) + linear(size, rows * tokens, dit.dim, patch)
     kept = Cost(bytes_cache=4.0 * rows * tokens * dit.dim)  # written to the ring
     block = _block(dit, size, tokens, seen) + kept
     heard = frames * (dit.audio_tokens + 1)
-    local = _attend(rows * tokens, dit.audio_tokens + 1, dit.dim, 0)
+    local = attend(rows * tokens, dit.audio_tokens + 1, dit.dim, 0)
     injector = (
-        _linear(size, rows * tokens, dit.dim, dit.dim) * 2  # queries and output
-        + _linear(size, rows * heard, dit.dim, dit.dim) * 2  # keys and values
-        + _linear(size, rows * frames, dit.dim, 2 * dit.dim)
+        linear(size, rows * tokens, dit.dim, dit.dim) * 2  # queries and output
+        + linear(size, rows * heard, dit.dim, dit.dim) * 2  # keys and values
+        + linear(size, rows * frames, dit.dim, 2 * dit.dim)
         + local
     )
     return ends + block * dit.layers + injector * len(dit.inject_layers)
@@ -132,10 +130,10 @@ def prefill(cfg: ModelConfig, size: Size) -> Cost:
     """The condition tokens through all layers: at a stream's start, and at a sink's refresh."""
     dit, tokens = cfg.dit, size.sink(cfg.stream.motion)
     patch = 4 * dit.latent_channels
-    cost = _linear(size, size.rows * size.frame, patch, dit.dim)
+    cost = linear(size, size.rows * size.frame, patch, dit.dim)
     for count, volume in zip(size.packed, (1, 8, 64), strict=True):
         if cfg.stream.motion:
-            cost += _linear(size, size.rows * count, patch * volume, dit.dim)
+            cost += linear(size, size.rows * count, patch * volume, dit.dim)
     written = Cost(bytes_cache=4.0 * size.rows * tokens * dit.dim)
     return cost + (_block(dit, size, tokens, tokens) + written) * dit.layers
 
@@ -143,8 +141,8 @@ def prefill(cfg: ModelConfig, size: Size) -> Cost:
 def text(cfg: ModelConfig, size: Size) -> Cost:
     """Keys and values of the prompt for every layer, once a stream; without the text encoder."""
     dit, tokens = cfg.dit, size.rows * cfg.dit.text_len
-    cost = _linear(size, tokens, dit.text_dim, dit.dim) + _linear(size, tokens, dit.dim, dit.dim)
-    return cost + _linear(size, tokens, dit.dim, dit.dim) * (2 * dit.layers)
+    cost = linear(size, tokens, dit.text_dim, dit.dim) + linear(size, tokens, dit.dim, dit.dim)
+    return cost + linear(size, tokens, dit.dim, dit.dim) * (2 * dit.layers)
 
 
 def decode(cfg: ModelConfig, size: Size) -> Cost:
@@ -160,14 +158,14 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
 
     def conv(c: int, out: int, taps: int, read: float = 1.0) -> Cost:
         """`read` and written elements a position; 2-byte activations, weights as they are kept."""
-        return _linear(size, frames * h * w, taps * c, out, read / taps)
+        return linear(size, frames * h * w, taps * c, out, read / taps)
 
     def residual(c: int, out: int) -> Cost:
         cost = conv(c, out, 27) + conv(out, out, 27)
         return cost if c == out else cost + conv(c, out, 1)
 
     cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c) * 2
-    cost += conv(c, 3 * c, 1) + conv(c, c, 1) + _attend(frames * h * w, h * w, c, 0)
+    cost += conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
     for level, out in enumerate(widths):
         for _ in range(vae.res_blocks + 1):
             cost += residual(c, out)
@@ -181,7 +179,7 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
     return cost + conv(c, 3, 27)
 
 
-def _linear(size: Size, tokens: int, inputs: int, outputs: int, read: float = 1.0) -> Cost:
+def linear(size: Size, tokens: int, inputs: int, outputs: int, read: float = 1.0) -> Cost:
     """A map with bias of 16-bit activations; `read` is the share of inputs that are distinct."""
     return Cost(
         flops_matrix=2.0 * tokens * inputs * outputs,
@@ -190,7 +188,7 @@ def _linear(size: Size, tokens: int, inputs: int, outputs: int, read: float = 1.
     )
 
 
-def _attend(queries: int, keys: int, dim: int, cached: int) -> Cost:
+def attend(queries: int, keys: int, dim: int, cached: int) -> Cost:
     """Scores and sums; of the keys and values, `cached` rows are read from a cache."""
     return Cost(
         flops_attention=4.0 * queries * keys * dim,
@@ -201,11 +199,11 @@ def _attend(queries: int, keys: int, dim: int, cached: int) -> Cost:
 
 def _block(dit: DiTConfig, size: Size, tokens: int, seen: int) -> Cost:
     rows, dim = size.rows, dit.dim
-    square = _linear(size, rows * tokens, dim, dim)
+    square = linear(size, rows * tokens, dim, dim)
     return (
         square * 6  # query, key, value, output; query and output to the text
-        + _attend(rows * tokens, seen, dim, rows * seen)
-        + _attend(rows * tokens, dit.text_len, dim, rows * dit.text_len)
-        + _linear(size, rows * tokens, dim, dit.ffn_dim)
-        + _linear(size, rows * tokens, dit.ffn_dim, dim)
+        + attend(rows * tokens, seen, dim, rows * seen)
+        + attend(rows * tokens, dit.text_len, dim, rows * dit.text_len)
+        + linear(size, rows * tokens, dim, dit.ffn_dim)
+        + linear(size, rows * tokens, dit.ffn_dim, dim)
     )

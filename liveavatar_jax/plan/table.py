@@ -48,7 +48,7 @@ def _memory(report: Report) -> str:
     limit = report.chip.memory
     if not report.compiled:
         lines = [(name, _gib(size)) for name, size in report.held.items()]
-        return _table(("memory per device of a stage, counted", "GiB"), lines)
+        return columns(("memory per device of a stage, counted", "GiB"), lines)
     lines: list[tuple[str, ...]] = []
     for name, program in report.compiled.items():
         memory = program.memory
@@ -62,7 +62,7 @@ def _memory(report: Report) -> str:
         lines += [(name, part, _gib(size), "") for part, size in sizes.items()]
         verdict = "fits" if memory.peak <= limit else "does not fit"
         lines.append((name, "peak", _gib(memory.peak), f"{verdict} {limit / GIB:.1f}"))
-    return _table(("memory per device, compiled", "", "GiB", ""), lines)
+    return columns(("memory per device, compiled", "", "GiB", ""), lines)
 
 
 def _gib(size: float | int) -> str:
@@ -85,7 +85,7 @@ def _collectives(report: Report, name: str) -> str:
         lines.append((*cells, f"{sent[each] / 1e6:.3f}"))
     for axes, sum_ in bytes_by_axes(found, report.injected).items():
         lines.append(("+".join(axes), "all of a run", "", "", "", f"{sum_ / 1e6:.3f}"))
-    return _table((f"{name}: axis", "collective", "shape", "times", "count", "MB sent"), lines)
+    return columns((f"{name}: axis", "collective", "shape", "times", "count", "MB sent"), lines)
 
 
 def _costs(costs: dict[str, Cost]) -> str:
@@ -103,7 +103,7 @@ def _costs(costs: dict[str, Cost]) -> str:
         "cache",
         "activations",
     )
-    return _table(head, lines)
+    return columns(head, lines)
 
 
 def _projections(report: Report) -> str:
@@ -125,7 +125,7 @@ def _projections(report: Report) -> str:
         )  # fmt: skip
     published = ", ".join(f"{_ms(s)} ms in {w}" for w, s in PUBLISHED_SECONDS.items())
     share = report.projections[0].efficiency
-    return f"{_table(head, lines)}\n{_NOTE.format(share=share, published=published)}"
+    return f"{columns(head, lines)}\n{_NOTE.format(share=share, published=published)}"
 
 
 _NOTE = """\
@@ -149,7 +149,8 @@ def _verdict(report: Report, p: Projection) -> str:
     return "fits" if report.compiled else "and temporaries"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal."""
     widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
 
     def row(cells: Sequence[str]) -> str:
