@@ -191,7 +191,8 @@ class Run:
                 print(report, file=sys.stderr)
 
     def next_batch(self) -> dict[str, Array]:
-        """The next global batch, each row on its devices."""
+        """The next global batch, each row on its devices. Raises if a save has failed meanwhile."""
+        self._save.check()
         self.batch = place(next(self.data), self.mesh, self.experiment.data.batch)
         return self.batch
 
