@@ -19,7 +19,7 @@ from liveavatar_jax.data.clips import Batches, DataConfig, Source, open_clips, o
 from liveavatar_jax.data.records import PER_LATENT, About, Clip, Shapes, pack, write_shard
 from liveavatar_jax.types import LiveAvatarError
 
-PUBLISHED = Shapes(f=21, m=19, h=90, w=50, c=16, layers=25, audio_dim=1024, text_dim=4096)
+PUBLISHED = Shapes(f=21, m=19, h=50, w=90, c=16, layers=25, audio_dim=1024, text_dim=4096)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,19 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(name: str, data: Batches, seconds: float) -> None:
-    """Prints batches and MB per second; the first batches, which fill the buffer, do not count."""
+    """Prints batches and MB per second, and what of a core a batch costs, which other work on the
+    machine hardly changes; the first batches, which fill the buffer, do not count."""
     first = next(data)
     size = sum(array.nbytes for array in first.values())
     for _ in range(8):
         next(data)
-    count, begun = 0, time.perf_counter()
+    count, begun, busy = 0, time.perf_counter(), time.process_time()
     while (spent := time.perf_counter() - begun) < seconds and count < 100_000:
         next(data)
         count += 1
+    busy = (time.process_time() - busy) / count
     data.close()
     rate = count / spent
-    print(f"{name:10} {rate:12.1f} batches/s {rate * size / 1e6:14.0f} MB/s ({size / 1e6:.1f} MB "
-          "a batch)")  # fmt: skip
+    print(
+        f"{name:10} {rate:12.1f} batches/s {rate * size / 1e6:12.0f} MB/s; {busy * 1e3:.2f} ms of "
+        f"a core for a batch of {size / 1e6:.1f} MB"
+    )
 
 
 def noise(shapes: Shapes, count: int, references: int = 3, text: int = 128) -> Iterator[bytes]:
