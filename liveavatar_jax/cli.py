@@ -195,6 +195,8 @@ def _encode(args: argparse.Namespace) -> int:
         )
     )
     print(report)
+    if not report.windows:
+        raise LiveAvatarError(f"no clip could be used; {args.out} tells why, clip by clip")
     return 0
 
 

@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -308,10 +309,10 @@ def _note(request: Request, number: int) -> Path:
 
 
 def _write(path: Path, value: Any) -> None:
-    """A json file, whole or not at all."""
+    """A text as it is, or a value as json; whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(value, indent=1))
+        partial.write_text(value if isinstance(value, str) else json.dumps(value, indent=1))
         partial.replace(path)
     except OSError as error:
         raise LiveAvatarError(
@@ -379,8 +380,9 @@ def _report(request: Request, shards: list[list[Job]]) -> Report:
     about = {**about, "out": str(report.out), "dropped": report.reasons}
     stem = _stem(request)
     _write(request.out / f"{stem}.json", about)
-    with (request.out / f"{stem.replace('report', 'dropped')}.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["name", "id", "file", "reason", "detail"])
-        table.writeheader()
-        table.writerows(dropped)
+    table = io.StringIO()
+    rows = csv.DictWriter(table, ["name", "id", "file", "reason", "detail"], lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(dropped)
+    _write(request.out / f"{stem.replace('report', 'dropped')}.csv", table.getvalue())
     return report

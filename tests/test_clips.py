@@ -358,6 +358,20 @@ def test_a_damaged_shard_is_named(shards, tmp_path):
             open_clips(config(broken))
 
 
+def test_a_disk_that_fails_is_no_broken_record(shards):
+    """Another process may read on, and would then have another batch."""
+    source = Shards([shards], TEXT_LEN)
+
+    class Failing:
+        def __getitem__(self, number):
+            raise RuntimeError("pread() failed: Input/output error; reading clips-00000")
+
+    source.records = Failing()
+    with pytest.raises(LiveAvatarError, match=r"clips-00000\.array_record: pread"):
+        source[0]
+    assert not source.report.broken
+
+
 def test_shards_of_other_sizes_do_not_mix(shards, tmp_path):
     small = dataclasses.replace(clip(1), text=clip(1).text[:, :3])
     write_shard(tmp_path / "clips-00000.array_record", [pack(small)] * 9)

@@ -522,6 +522,16 @@ def test_scores_decide(weights, clips, tmp_path, capsys, blank):  # noqa: F811
     assert "score sync" in capsys.readouterr().out
 
 
+def test_a_list_of_which_nothing_can_be_used_says_so(weights, clips, tmp_path, capsys, blank):  # noqa: F811
+    wishes = tmp_path / "list.csv"
+    wishes.write_text("gone,0,2,0.5,0.5\nmute,0,2,0.5,0.5\n")
+    arguments = command(weights, clips, tmp_path / "out", "--list", wishes)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert "no clip could be used" in said.err and "no audio" in said.out
+    assert not list((tmp_path / "out").glob("*.array_record"))
+
+
 def test_bad_input_is_one_sentence(weights, clips, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
     file = tmp_path / "file"

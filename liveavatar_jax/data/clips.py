@@ -150,10 +150,17 @@ class Shards:
         return str(self.paths[shard]), number - (self.ends[shard - 1] if shard else 0)
 
     def read(self, number: int) -> Clip:
-        """One record as it is. Raises BrokenRecord, with the record's id where that is known."""
+        """One record as it is.
+
+        Raises BrokenRecord, with the record's id where that is known, and LiveAvatarError when
+        the file cannot be read just now: another process may be able to, and would go on alone.
+        """
         try:
             blob = self.records[number]
         except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, OSError) or "failed: " in str(error):  # of a system call
+                shard, _ = self.place(number)
+                raise LiveAvatarError(f"cannot read the shard {shard}: {reason(error)}") from None
             raise BrokenRecord(f"its bytes are damaged ({reason(error)})") from None
         clip = unpack(blob)
         if self.shapes is not None:
