@@ -1,6 +1,15 @@
-"""Stage 2 of the published size on a pod: 64 chips of v5p, a clip of 21 latents each.
+"""Stage 2 at the published size: 14B, 720x400, clips of 21 latents (7 blocks), one a chip.
 
-    python -m train.distill configs/distill_pod.py --out gs://bucket/distill --cluster
+    uv run --extra plan --extra train liveavatar-jax plan --train configs/distill_pod.py
+    CLUSTER=... IMAGE=... OUT=gs://... configs/launch/xpk.sh
+
+Expects, below the root: `avatar`, made by `liveavatar-jax convert` of the base, and `clips`, shards
+of encoded clips of that size; start it from stage 1 with `--set start=FILE` (`train.export`).
+Student and critic are adapters of rank 128 over one frozen base, which is the teacher. Numbers are
+those of the paper (student 1e-5, critic 2e-6, 5 : 1) where it states them.
+
+Expected: fits 64 chips of v5p as it stands; 64 of v6e with `--mesh fsdp=16,sequence=4 --set
+data.batch=16`. Other pods, memory and times: README, "Training on a pod".
 """
 
 from liveavatar_jax.config import DiTConfig, ModelConfig
@@ -12,6 +21,9 @@ from train.experiment import Distill
 def config() -> Distill:
     return Distill(
         model=ModelConfig(dit=DiTConfig(remat="full")),
-        data=DataConfig(batch=64),
+        weights="avatar",
+        data=DataConfig(sources=(Source(("clips",)),), batch=64),
         mesh=TrainMesh(fsdp=64),
+        steps=2_500,
+        save_every=50,
     )

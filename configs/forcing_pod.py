@@ -1,0 +1,26 @@
+"""Stage 1 at the published size: 14B, 720x400, clips of 21 latents, one a chip.
+
+    uv run --extra plan --extra train liveavatar-jax plan --train configs/forcing_pod.py
+    STAGE=forcing CLUSTER=... IMAGE=... OUT=gs://... configs/launch/xpk.sh
+
+Expects, below the root: `avatar`, made by `liveavatar-jax convert` of the base, and `clips`, shards
+of encoded clips of that size. Adapters of rank 128 learn over the frozen base, as published.
+
+Expected: fits 64 chips of v5p or H100 as it stands; 64 of v6e with `--mesh fsdp=16,sequence=4 --set
+data.batch=16`. Other pods, memory and times: README, "Training on a pod".
+"""
+
+from liveavatar_jax.config import DiTConfig, ModelConfig
+from liveavatar_jax.data.clips import DataConfig, Source
+from liveavatar_jax.parallel.mesh import TrainMesh
+from train.experiment import Forcing
+
+
+def config() -> Forcing:
+    return Forcing(
+        model=ModelConfig(dit=DiTConfig(remat="full")),
+        weights="avatar",
+        data=DataConfig(sources=(Source(("clips",)),), batch=64),
+        mesh=TrainMesh(fsdp=64),
+        steps=25_000,
+    )
