@@ -25,15 +25,18 @@ from liveavatar_jax.data.clips import DataConfig, Shards, Source, open_clips
 from liveavatar_jax.data.filters import Dropped, Kept, WindowConfig, examine, find_windows
 from liveavatar_jax.data.image import to_pixels
 from liveavatar_jax.data.listing import Demand, Entry, Folder, Found, Scores, read_list
+from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.data.records import Clip
 from liveavatar_jax.data.video import VideoWriter
 from liveavatar_jax.data.workers import Job, examined
-from liveavatar_jax.encode import Networks, parse_part, parse_windows
+from liveavatar_jax.encode import Captions, Networks, parse_part, parse_windows
+from liveavatar_jax.generate import PROMPT
 from liveavatar_jax.player import load
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 
 from .test_generate import private_cache, weights  # noqa: F401
+from .test_text import folder as published  # noqa: F401
 
 CFG = WindowConfig(height=32, width=48, latents=2, stride=10, windows=3, references=3)
 
@@ -417,6 +420,24 @@ def test_speech_features_are_of_the_window_and_know_the_clip(encoded, weights, c
             np.testing.assert_allclose(
                 np.asarray(record.audio, np.float32), want, atol=0.02 * np.abs(want).max()
             )
+
+
+def test_captions_become_the_rows_of_the_text_encoder(weights, published, tmp_path):  # noqa: F811
+    place = shutil.copytree(weights, tmp_path / "weights")
+    shutil.copy(published / "google" / "umt5-xxl" / "spiece.model", place)
+    cfg = checkpoint.load_config(place)
+    entries = [Entry("a", caption="she smiles"), Entry("b")]
+    captions = Captions(place, cfg, None, entries)
+    tokenizer, encoder = Tokenizer(place), load(place, "text")
+    for asked, text in (("she smiles", "she smiles"), (None, PROMPT)):
+        ids, mask = tokenizer(text, cfg.dit.text_len)
+        rows = captions(asked)
+        want = np.asarray(encoder(jnp.asarray(ids), jnp.asarray(mask)))[0, : mask.sum()]
+        assert rows.shape == want.shape and captions(asked) is rows
+        np.testing.assert_allclose(np.asarray(rows, np.float32), want, rtol=0.01, atol=0.02)
+    assert captions.encoder is not None
+    one = Captions(place, cfg, "a man is speaking", [Entry("b")])
+    assert one(None).shape[1] == cfg.dit.text_dim and one.encoder is None
 
 
 def test_what_was_encoded_can_be_trained_on(encoded):
