@@ -158,9 +158,11 @@ class Watch:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Saving, sampling and the like: the pending step is settled first, and the time that is
-        spent inside counts for no step."""
+        """Saving, sampling and the like: the pending step is settled and on record first, for a
+        run that is killed may go on from what is saved; and the time inside counts for no step."""
         self.settle()
+        if self._files is not None:
+            self._files.flush()
         try:
             yield
         finally:
@@ -325,8 +327,9 @@ class _Files:
             self.flush()
 
     def flush(self) -> None:
-        self._lines.flush()
-        self._events.flush()
+        with _writing(self._run):
+            self._lines.flush()
+            self._events.flush()
         self._flush_at = time.monotonic() + 1.0
 
     def close(self) -> None:
