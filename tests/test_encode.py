@@ -497,12 +497,12 @@ def test_parts_are_the_whole(encoded, weights, clips, tmp_path, capsys, blank): 
     assert "dropped" in said.out and "missing" in said.out and "clip" in said.err
 
 
-def test_an_interrupt_at_any_clip_costs_its_shard_only(weights, clips, tmp_path, capsys, blank):  # noqa: F811
-    """Ctrl-C at every clip in turn; in the end the same records as without."""
+def test_an_interrupt_costs_its_shard_only(weights, clips, tmp_path, capsys, blank):  # noqa: F811
+    """Ctrl-C at a clip of a shard and at one of the next; in the end the same records."""
     encode = Networks.encode
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert cli.main(command(weights, clips, whole)) == 0
-    for stopped in ("aaa", "bbb", "cut", "ddd"):
+    for stopped in ("bbb", "ddd"):
 
         def until(networks, job, kept, stopped=stopped):
             if job.entry.id == stopped:
