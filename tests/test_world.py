@@ -1,0 +1,168 @@
+"""Laws of the world whose density is known, of the energy distance, and that it is learnt."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, Layout
+from train import ablation, world
+from train.gaussians import WIDTH, World, kinds, positions, pushes, sample, velocity
+from train.likeness import energy
+
+WORLD = World()
+BUDGET = ablation.Budget(batch=64, forcing=600, warm=150, distill=500, judged=1024)
+
+
+def log_density(x: np.ndarray, sigma: float, push: np.ndarray | None) -> float:
+    """Of a flat clip at a noise level, from whole covariance matrices, in float64."""
+    frames, each = WORLD.frames, []
+    middle = np.zeros(frames) if push is None else WORLD.driven(frames) @ push
+    positions = WORLD.covariance(frames, push is not None)
+    for place, direction in zip(WORLD.places, WORLD.directions, strict=True):
+        mean = (1 - sigma) * (place + middle[:, None] * direction).ravel()
+        clean = np.kron(positions, np.outer(direction, direction))
+        clean += WORLD.texture**2 * np.eye(frames * WIDTH)
+        spread = (1 - sigma) ** 2 * clean + sigma**2 * np.eye(len(x))
+        rest = x - mean
+        each.append(-0.5 * (rest @ np.linalg.solve(spread, rest) + np.linalg.slogdet(spread)[1]))
+    return float(np.logaddexp.reduce(each))
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("heard", [True, False])
+def test_the_velocity_follows_the_density(sigma: float, heard: bool):
+    """Velocity and score are one: v = -(x + sigma · score) / (1 - sigma); at 1, the mean."""
+    batch = sample(WORLD, jax.random.key(0), 1)
+    noise = jax.random.normal(jax.random.key(1), batch["latents"].shape)
+    x = (1 - sigma) * batch["latents"] + sigma * noise
+    push = pushes(batch["audio"]) if heard else None
+    got = np.asarray(velocity(WORLD, x, jnp.full(1, sigma), push)).ravel()
+    flat = np.asarray(x, np.float64).ravel()
+    said = None if push is None else np.asarray(push[0], np.float64)
+    if sigma == 1.0:
+        middle = 0 * flat[: WORLD.frames] if said is None else WORLD.driven(WORLD.frames) @ said
+        want = flat - np.outer(middle, WORLD.directions.mean(axis=0)).ravel()
+    else:
+        step = 1e-4 * np.eye(len(flat))
+        density = functools.partial(log_density, sigma=sigma, push=said)
+        score = np.array([(density(flat + d) - density(flat - d)) / 2e-4 for d in step])
+        want = -(flat + sigma * score) / (1 - sigma)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_clips_have_the_stated_moments_wherever_they_lie():
+    """Mean and covariance of positions given the audio, in the last stretch of long clips."""
+    n, frames = 40_000, WORLD.frames
+    batch = jax.jit(lambda key: sample(WORLD, key, n, 3 * frames))(jax.random.key(2))
+    clip, push = batch["latents"][:, -frames:], np.asarray(pushes(batch["audio"]))[:, -frames:]
+    kind, place = np.asarray(kinds(WORLD, clip)), np.asarray(positions(WORLD, clip))
+    assert (kind == kind[:, :1]).all(axis=1).mean() > 0.99
+    np.testing.assert_allclose(np.bincount(kind[:, 0]) / n, 1 / WORLD.kinds, atol=0.01)
+    rest = place - push @ WORLD.driven(frames).T
+    np.testing.assert_allclose(rest.mean(axis=0), 0, atol=0.02)
+    texture = WORLD.texture**2 * np.eye(frames)
+    np.testing.assert_allclose(np.cov(rest.T), WORLD.covariance(frames) + texture, atol=0.03)
+    whole = WORLD.covariance(frames, heard=False) + texture
+    np.testing.assert_allclose(np.cov(place.T), whole, atol=0.03)
+
+
+# ---- the energy distance
+
+
+def test_energy_is_what_its_formula_says():
+    x, y = (np.random.default_rng(i).normal(size=(n, 3)) for i, n in ((0, 7), (1, 5)))
+    far = lambda a, b: np.linalg.norm(a[:, None] - b, axis=-1)
+    within = lambda a: far(a, a).sum() / (len(a) * (len(a) - 1))
+    want = 2 * far(x, y).mean() - within(x) - within(y)
+    np.testing.assert_allclose(energy(x, y).value, want, rtol=1e-6)
+
+
+def test_energy_of_equal_laws_is_zero_and_its_interval_covers():
+    random = np.random.default_rng(3)
+    found = [energy(*random.normal(size=(2, 150, 4)), seed=i) for i in range(60)]
+    values = np.array([d.value for d in found])
+    assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
+    assert np.mean([d.low <= 0 <= d.high for d in found]) >= 0.9
+
+
+def test_energy_tells_laws_apart_that_share_mean_and_variance():
+    random = np.random.default_rng(4)
+    two = random.choice([-1.0, 1.0], size=(1000, 1))
+    assert energy(random.normal(size=(1000, 1)), two).low > 0.05
+    small = random.normal(size=(2, 1000, 2)) * np.array([1.0, 0.6])[:, None, None]
+    assert energy(*small).low > 0.01
+
+
+# ---- the way there
+
+
+def test_many_rows_at_once_are_the_rows_one_by_one():
+    """The layout for small worlds attends and remembers as the usual one does."""
+    normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    q, k, v = normal(0, 3, 2, 4, 6), normal(1, 3, 2, 7, 6), normal(2, 3, 2, 7, 6)
+    frames = jnp.moveaxis(q, 1, 2)[:, :, None]
+    fresh, block = KV(k=q, v=-q), jnp.array([0, 4, 5])
+    ring = KV(k=normal(3, 2, 1, 3, 2, 12, 6), v=normal(4, 2, 1, 3, 2, 12, 6))
+    cache, fresh = KVCache(ring=ring, sink=fresh), jax.tree.map(lambda a: a[None], fresh)
+
+    def each(layout: Layout) -> list:
+        return jax.tree.leaves((
+            layout.attention(q, k, v, jnp.array([3, 7, 1]), "chunked"),
+            layout.attention(q, k, v, None, "chunked"),
+            layout.cross(frames, k, v, "chunked"),
+            layout.append(cache, fresh, 1, block, jnp.ones(3, bool)),
+        ))  # fmt: skip
+
+    for got, want in zip(each(ablation.MANY), each(ONE_DEVICE), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_row_that_is_done_is_not_made_again(tmp_path, capsys):
+    found = world.report("exact", *_exact(64))
+    whole = {"budget": dataclasses.asdict(ablation.Budget()), "report": dataclasses.asdict(found)}
+    (tmp_path / "exact.json").write_text(json.dumps(whole))
+    assert world.main(["--out", str(tmp_path), "--rows", "exact"]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{world.HEAD}\n{found.line()}\n"
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--rows", "ful"], "--rows: there is no 'ful'; name some of exact,"),
+    (["--batch", "0"], "--batch 0 must be at least 1"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path, capsys, more, words):
+    assert world.main(["--out", str(tmp_path), *more]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_the_report_names_what_is_wrong():
+    """Clips that move against their audio, and clips of one kind, are found out."""
+    clip, push = _exact(1500)
+    assert world.report("exact", clip, push).seam.low <= 0
+    deaf = world.report("exact", clip, jnp.roll(push, 1, axis=0))
+    assert deaf.seam.low > 0 and abs(deaf.follows) < 0.1
+    one = clip[np.asarray(kinds(WORLD, clip)[:, 0]) == 0]
+    alone = world.report("exact", one, push[: len(one)])
+    assert alone.clip.low > 0 and alone.rarest < 0.02
+
+
+def _exact(rows: int) -> tuple[jax.Array, jax.Array]:
+    batch = sample(WORLD, jax.random.key(6), rows)
+    return batch["latents"], pushes(batch["audio"])
+
+
+@pytest.mark.slow
+def test_distillation_beats_stage_one(tmp_path):
+    """In 4 steps, on clips and at seams, by a factor that no seed would undo."""
+    before = world.judged("forcing", BUDGET, tmp_path, show=False)
+    after = world.judged("full", BUDGET, tmp_path, show=False)
+    assert before.clip.low > 0.02, "the baseline fails"
+    assert after.clip.value < before.clip.value / 3
+    assert after.seam.value < before.seam.value / 3
+    assert after.clip.high < before.clip.low
