@@ -193,7 +193,7 @@ def train(run: Run) -> int:
             for side in exp.schedule.sides(step):
                 state, more = compiled[side](frozen, state, run.next_batch())
                 metrics |= more
-            watch(step + 1, metrics)
+            watch(step + 1, metrics, run.flops(exp.schedule.sides(step)))
             stopped = stop.agreed()
             if stopped or run.due(step + 1):
                 with watch.aside():

@@ -95,7 +95,7 @@ def train(run: Run) -> int:
     with run.watching(done) as (watch, stop):
         for step in range(done, exp.steps):
             state, metrics = compiled(frozen, state, run.next_batch())
-            watch(step + 1, metrics)
+            watch(step + 1, metrics, run.flops(["step"]))
             stopped = stop.agreed()
             if stopped or run.due(step + 1):
                 with watch.aside():

@@ -27,6 +27,7 @@ from liveavatar_jax.parallel.batches import place, rows_of
 from liveavatar_jax.parallel.mesh import TrainMesh
 from liveavatar_jax.parallel.sharding import layout, trained
 from liveavatar_jax.paths import leaves, replace
+from liveavatar_jax.plan.training import model_flops
 from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint, files
 from train.checkpoints import Checkpoints
@@ -190,6 +191,12 @@ class Run:
             if report.broken and hosts.is_first():
                 print(report, file=sys.stderr)
 
+    def flops(self, sides: Sequence[str]) -> dict[str, float]:
+        """Model FLOPs of a step in which these sides learn, by phase, on all devices."""
+        counted = self._flops
+        return {f"{side}/{phase}" if len(counted) > 1 else phase: value
+                for side in sides for phase, value in counted[side].items()}  # fmt: skip
+
     def next_batch(self) -> dict[str, Array]:
         """The next global batch, each row on its devices. Raises if a save has failed meanwhile."""
         self._save.check()
@@ -282,6 +289,10 @@ class Run:
                 )
             rows[: len(found)] = found
         return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec()))
+
+    @functools.cached_property
+    def _flops(self) -> dict[str, dict[str, float]]:
+        return model_flops(self.experiment, self.data.shapes)
 
     @functools.cached_property
     def _sampled(self) -> Callable[..., Array]:
