@@ -217,12 +217,12 @@ class Run:
     def sample(self, watch: Watch, step: int, frozen: Frozen, state: Any) -> None:
         """A clip by the student as it is now, or on average, for the first row of the batch."""
         params = state.student.params if state.average is None else state.average
-        latents = self._sampled(frozen, params, self.batch)
+        made = (self.batch["still"], self._sampled(frozen, params, self.batch))
         if jax.process_count() > 1:
-            latents = multihost_utils.process_allgather(latents, tiled=True)
+            made = multihost_utils.process_allgather(made, tiled=True)
         if hosts.is_first():
-            frames = decoded(self._vae, np.asarray(latents[:1], np.float32))
-            watch.sample(step, frames)
+            first = (np.asarray(x[:1], np.float32) for x in made)
+            watch.sample(step, decoded(self._vae, *first))
 
     # ---- parts
 
@@ -281,7 +281,12 @@ class Run:
         dit, path = self.experiment.model.dit, self.experiment.negative
         rows = np.zeros((dit.text_len, dit.text_dim), np.float32)
         if path is not None:
-            found = files.read(Path(path))["text"]
+            tensors = files.read(Path(path))
+            if "text" not in tensors.stored:
+                raise LiveAvatarError(
+                    f'{path} has no tensor "text"; write the rows of the text encoder there'
+                )
+            found = tensors["text"]
             if found.ndim != 2 or found.shape[1] != dit.text_dim or len(found) > dit.text_len:
                 raise LiveAvatarError(
                     f"{path}: text has shape {found.shape}; give at most {dit.text_len} rows of "

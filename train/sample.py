@@ -31,7 +31,16 @@ def sampled(
     return rollout(learner, student, memory, given, all_steps).x
 
 
-def decoded(vae: VAE, latents: Float[np.ndarray, "1 f h w c"]) -> UInt8[np.ndarray, "F H W 3"]:
-    """The frames of a clip, as bytes."""
-    frames, _ = jax.jit(lambda vae, x: vae.decode(x))(vae, latents)
-    return np.asarray(stream.pixels(jnp.clip(frames[0][None], -1.0, 1.0)))[0]
+def decoded(
+    vae: VAE, still: Float[np.ndarray, "1 m h w c"], latents: Float[np.ndarray, "1 f h w c"]
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The frames of a clip, as bytes; the decoder comes from the standing portrait, as in a
+    stream."""
+    return np.asarray(_decoded(vae, still, latents))[0]
+
+
+@jax.jit
+def _decoded(vae: VAE, still: Array, latents: Array) -> Array:
+    _, cache = vae.decode(still)
+    frames, _ = vae.decode(latents, cache)
+    return stream.pixels(jnp.clip(frames, -1.0, 1.0))

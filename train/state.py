@@ -56,8 +56,9 @@ def learn(
     metrics = {"grad_norm": norm, "grads": finite(grads)}
     if clip is not None:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
-    changes, state = optimiser.update(grads, learner.optimiser, learner.params)
-    params = optax.apply_updates(learner.params, changes)
+    with jax.numpy_dtype_promotion("standard"):  # which optax counts on
+        changes, state = optimiser.update(grads, learner.optimiser, learner.params)
+        params = optax.apply_updates(learner.params, changes)
     return Learner(params, state, learner.updates + 1), metrics
 
 
