@@ -65,7 +65,8 @@ def _parser(text: str | None) -> argparse.ArgumentParser:
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a file with `def config()`")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; goes on there")
+    parser.add_argument("--out", required=True, help="folder of the run, or a bucket as gs://B/RUN "
+                        "(reports stay in ./runs/RUN then); goes on there")  # fmt: skip
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                         help="of the experiment, as data.batch=64 or steps=10")  # fmt: skip
     parser.add_argument("--mesh", help="such as data=2,fsdp=16,sequence=2 or dcn_data=2,fsdp=64")
@@ -181,8 +182,9 @@ class Run:
     def watching(self, done: int) -> Iterator[tuple[Watch, Stop]]:
         """Reports of the steps from `done` on, and the signals that end the loop."""
         peak = None if self.args.peak is None else 1e12 * self.args.peak
+        out = self.args.out
         watch = Watch(
-            self.args.out, self.experiment.steps, start=done, peak=peak, profile=self.profile,
+            Path("runs", Path(out).name) if "://" in out else Path(out), self.experiment.steps, start=done, peak=peak, profile=self.profile,
             last_good=lambda: self._save.latest,
         )  # fmt: skip
         with watch, stopping() as stop:
