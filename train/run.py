@@ -182,9 +182,10 @@ class Run:
     def watching(self, done: int) -> Iterator[tuple[Watch, Stop]]:
         """Reports of the steps from `done` on, and the signals that end the loop."""
         peak = None if self.args.peak is None else 1e12 * self.args.peak
-        out = self.args.out
+        out = Path(self.args.out)
         watch = Watch(
-            Path("runs", Path(out).name) if "://" in out else Path(out), self.experiment.steps, start=done, peak=peak, profile=self.profile,
+            Path("runs", out.name) if "://" in self.args.out else out,
+            self.experiment.steps, start=done, peak=peak, profile=self.profile,
             last_good=lambda: self._save.latest,
         )  # fmt: skip
         with watch, stopping() as stop:
