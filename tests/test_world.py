@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from liveavatar_jax.models.attention import KV, ONE_DEVICE, KVCache, Layout
+from liveavatar_jax.models.dit import CausalDiT
 from train import ablation, world
 from train.gaussians import WIDTH, World, kinds, positions, pushes, sample, velocity
 from train.likeness import energy
@@ -155,6 +157,29 @@ def test_the_report_names_what_is_wrong():
 def _exact(rows: int) -> tuple[jax.Array, jax.Array]:
     batch = sample(WORLD, jax.random.key(6), rows)
     return batch["latents"], pushes(batch["audio"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, row in ablation.ROWS.items() if row.distilled])
+def test_every_row_can_be_traced(name, monkeypatch, tmp_path):
+    """Shapes only: students and critics of all variants make a student of the usual form."""
+
+    def bind(step, exp, frozen, frames):
+        def one(state, key):
+            batch = lambda: sample(WORLD, key, exp.data.batch, frames)
+            jax.eval_shape(lambda: step(exp, ablation.MANY, frozen, state, batch()))
+            return state, {}
+
+        return one
+
+    monkeypatch.setattr(ablation, "_compiled", bind)
+    budget = ablation.Budget(batch=2, forcing=1, warm=0, distill=1)
+    exp, student = ablation.trained(name, budget, tmp_path, show=False)
+    usual = jax.eval_shape(lambda: CausalDiT(ablation.model().dit, rngs=nnx.Rngs(0)))
+    shapes = lambda tree: [a.shape for a in jax.tree.leaves(tree)]
+    assert shapes(student) == shapes(usual)
+    assert jax.tree.structure(student) == jax.tree.structure(usual)
+    assert exp.model.stream.steps == 4
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from liveavatar_jax.diffusion.losses import (
     TeacherForcing,
 )
 from liveavatar_jax.diffusion.rollout import Policy
+from liveavatar_jax.models import lora
 from liveavatar_jax.models.attention import KV, KVCache, Layout, overwrite
 from liveavatar_jax.models.dit import CausalDiT
 from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError
@@ -39,7 +40,7 @@ from train.networks import Frozen
 WORLD = World()
 BLOCK = 2  # latent frames
 LONG = 10  # clips that a long video lasts
-LEVELS = Levels(shift=2.0)  # texture is decided at low noise
+LEVELS = Levels(shift=1.5)  # texture is decided at low noise
 NONE = Guidance(1.0, 1.0)
 
 
@@ -52,8 +53,8 @@ class Budget:
     `judged` clips of each side of a comparison."""
 
     batch: int = 128
-    forcing: int = 1500
-    warm: int = 300
+    forcing: int = 1200
+    warm: int = 200
     distill: int = 1200
     judged: int = 2048
 
@@ -87,7 +88,6 @@ ROWS = {
     "exit": Row("one ring, at the level of the exit", policy={"history": "exit"}),
     "renoise": Row("new noise between the steps", policy={"transition": "renoise"}),
     "direct": Row("without stage 1", None),
-    "ratio-1": Row("1 update of the critic for 1", changes={"schedule": Schedule(1)}),
     "ratio-5": Row("5 updates of the critic for 1", changes={"schedule": Schedule(5)}),
     "sid": Row("SiD instead of DMD", changes={"objective": SiD(NONE, LEVELS)}),
     "rewarded": Row("rows weighted by reward", changes={
@@ -110,8 +110,8 @@ def model(**stream: Any) -> ModelConfig:
         text_len=1, audio_dim=HEARD, audio_layers=1, audio_tokens=1, inject_layers=(0, 1),
         param_dtype="float32",
     )  # fmt: skip
-    fixed = {"block_frames": BLOCK, "ring_blocks": 3, "sink_after": None, "distance": 4,
-             "motion": False, "dtype": "float32"}  # fmt: skip
+    fixed = {"shift": 1.0, "block_frames": BLOCK, "ring_blocks": 3, "sink_after": None,
+             "distance": 4, "motion": False, "dtype": "float32"}  # fmt: skip
     return dataclasses.replace(ModelConfig.tiny(), dit=dit, stream=StreamConfig(**fixed | stream))
 
 
@@ -120,7 +120,7 @@ def stage_1(row: Row, budget: Budget) -> Forcing:
     return Forcing(
         model=model(**row.stream),
         adapters=None,
-        objective=objective(BLOCK, shift=3.0),
+        objective=objective(BLOCK, shift=1.0),
         optimiser=adam(2e-3, budget.forcing),
         scaffold=False,
         positions=LONG * WORLD.frames,
@@ -130,7 +130,7 @@ def stage_1(row: Row, budget: Budget) -> Forcing:
 
 
 def stage_2(row: Row, budget: Budget) -> Distill:
-    schedule = row.changes.get("schedule", Schedule(2))
+    schedule = row.changes.get("schedule", Schedule(1))
     usual = Distill(
         model=model(**row.stream),
         adapters=None,
@@ -201,51 +201,64 @@ class ManyRows(Layout):
 MANY = ManyRows()
 
 
-def trained(row: Row, budget: Budget, folder: Path, show: bool = True) -> tuple[Forcing, Any]:
-    """The experiment that a row ends with, and its student's parameters on average."""
+def trained(name: str, budget: Budget, folder: Path, show: bool = True) -> tuple[Forcing, Any]:
+    """The experiment that a row ends with, and its student, on average over the last updates."""
+    row = ROWS[name]
     base = jax.jit(lambda: CausalDiT(model().dit, rngs=nnx.Rngs(0)))()
     frozen = Frozen(base=base, negative=jnp.zeros((1, TEXT)))
-    exp, params = stage_1(row, budget), None
+    exp, student = stage_1(row, budget), base
     if row.past is not None:
-        params = _first_stage(row, budget, frozen, folder, show)
-    if not row.distilled:
-        return exp, base if params is None else params
-    exp = stage_2(row, budget)
-    if exp.adapters is not None:
-        frozen, params = Frozen(base=params, negative=frozen.negative), None
-    state = jax.jit(functools.partial(distill.start, exp))(frozen, params)
-    frames = BLOCK * (exp.blocks or WORLD.frames // BLOCK)
-    bind = lambda step: _compiled(step, exp, frozen, frames)
-    steps = {"student": bind(distill.student_step), "critic": bind(distill.critic_step)}
-    sides = [("critic",)] * budget.warm + [exp.schedule.sides(i) for i in range(exp.steps)]
-    for i, some in enumerate(tqdm(sides, "stage 2", disable=not show, mininterval=5)):
-        for j, side in enumerate(some):
-            key = jax.random.fold_in(jax.random.key(2), 2 * i + j)
-            state, metrics = steps[side](state, key)
-        _refuse_nonfinite(metrics, i)
-    student = distill.network(exp, frozen, state.average)
+        path = folder / f"stage-1-{row.past}-{budget.forcing}x{budget.batch}.npz"
+        student = _kept(path, base, lambda: _forced(row, budget, frozen, show))
+    if row.distilled:
+        exp, start = stage_2(row, budget), student
+        path = folder / f"{name}-{budget.forcing}-{budget.warm}-{budget.distill}x{budget.batch}.npz"
+        student = _kept(path, base, lambda: _distilled(exp, budget.warm, frozen, start, show))
     return dataclasses.replace(exp, adapters=None), student
 
 
-def _first_stage(row: Row, budget: Budget, frozen: Frozen, folder: Path, show: bool) -> Any:
-    """The student after stage 1, from the folder if it is there."""
+def _forced(row: Row, budget: Budget, frozen: Frozen, show: bool) -> Any:
+    """The student after stage 1."""
     exp = stage_1(dataclasses.replace(row, stream={}), budget)
-    shapes = jax.eval_shape(functools.partial(forcing.start, exp), frozen).average
-    leaves, tree = jax.tree.flatten(shapes)
-    path = folder / f"stage-1-{row.past}-{budget.forcing}x{budget.batch}.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            return tree.unflatten(jnp.asarray(stored[f"arr_{i}"]) for i in range(len(leaves)))
     state = jax.jit(functools.partial(forcing.start, exp))(frozen)
     step = _compiled(forcing.train_step, exp, frozen, WORLD.frames)
     for i in tqdm(range(exp.steps), "stage 1", disable=not show, mininterval=5):
         state, metrics = step(state, jax.random.fold_in(jax.random.key(1), i))
         _refuse_nonfinite(metrics, i)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez(part, *map(np.asarray, jax.tree.leaves(state.average)))
-    part.rename(path)
     return state.average
+
+
+def _distilled(exp: Distill, warm: int, frozen: Frozen, student: Any, show: bool) -> Any:
+    """The student after stage 2; the critic begins earlier, for it starts from nothing."""
+    if exp.adapters is not None:
+        frozen, student = Frozen(base=student, negative=frozen.negative), None
+    state = jax.jit(functools.partial(distill.start, exp))(frozen, student)
+    frames = BLOCK * (exp.blocks or WORLD.frames // BLOCK)
+    bind = lambda step: _compiled(step, exp, frozen, frames)
+    steps = {"student": bind(distill.student_step), "critic": bind(distill.critic_step)}
+    sides = [*[("critic",)] * warm, *map(exp.schedule.sides, range(exp.steps))]
+    for i, some in enumerate(tqdm(sides, "stage 2", disable=not show, mininterval=5)):
+        for j, side in enumerate(some):
+            key = jax.random.fold_in(jax.random.key(2), 2 * i + j)
+            state, metrics = steps[side](state, key)
+            _refuse_nonfinite(metrics, i)
+    if exp.adapters is not None:
+        return lora.apply(frozen.base, state.average, exp.adapters.scale)
+    return state.average
+
+
+def _kept(path: Path, like: Any, make: Callable[[], Any]) -> Any:
+    """A student from the folder, or made and put there."""
+    leaves, tree = jax.tree.flatten(like)
+    if path.exists():
+        with np.load(path) as stored:
+            return tree.unflatten(jnp.asarray(stored[f"arr_{i}"]) for i in range(len(leaves)))
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, *map(np.asarray, jax.tree.leaves(made)))
+    part.rename(path)
+    return made
 
 
 def _compiled(step: Callable[..., Any], exp: Any, frozen: Frozen, frames: int) -> Callable:

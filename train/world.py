@@ -75,7 +75,7 @@ def judged(name: str, budget: Budget, folder: Path, show: bool = True) -> Report
     elif name == "teacher":
         made = _solved(batch)
     else:
-        exp, student = trained(row, budget, folder, show)
+        exp, student = trained(name, budget, folder, show)
         frozen = Frozen(base=None, negative=jnp.zeros((1, TEXT)))
         make = jax.jit(functools.partial(sampled, exp, MANY, frozen))
         made = make(student, {k: a for k, a in batch.items() if k != "latents"})
