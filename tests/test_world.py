@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -17,42 +18,52 @@ from train.gaussians import WIDTH, World, kinds, positions, pushes, sample, velo
 from train.likeness import energy
 
 WORLD = World()
-BUDGET = ablation.Budget(batch=64, forcing=600, warm=150, distill=500, judged=1024)
+BUDGET = ablation.Budget(batch=64, forcing=600, warm=100, distill=600, judged=1024)
 
 
-def log_density(x: np.ndarray, sigma: float, push: np.ndarray | None) -> float:
-    """Of a flat clip at a noise level, from whole covariance matrices, in float64."""
+def log_density(
+    x: np.ndarray, sigma: float, push: np.ndarray | None, kind: int | None
+) -> np.ndarray:
+    """Of flat clips "n k" at a noise level, from whole covariance matrices, in float64: a
+    mixture over kinds and over the signs of all frames."""
     frames, each = WORLD.frames, []
     middle = np.zeros(frames) if push is None else WORLD.driven(frames) @ push
     positions = WORLD.covariance(frames, push is not None)
-    for place, direction in zip(WORLD.places, WORLD.directions, strict=True):
-        mean = (1 - sigma) * (place + middle[:, None] * direction).ravel()
-        clean = np.kron(positions, np.outer(direction, direction))
+    for i in range(WORLD.kinds) if kind is None else [kind]:
+        clean = np.kron(positions, np.outer(WORLD.directions[i], WORLD.directions[i]))
         clean += WORLD.texture**2 * np.eye(frames * WIDTH)
-        spread = (1 - sigma) ** 2 * clean + sigma**2 * np.eye(len(x))
-        rest = x - mean
-        each.append(-0.5 * (rest @ np.linalg.solve(spread, rest) + np.linalg.slogdet(spread)[1]))
-    return float(np.logaddexp.reduce(each))
+        spread = (1 - sigma) ** 2 * clean + sigma**2 * np.eye(x.shape[1])
+        for signs in itertools.product((-1, 1), repeat=frames):
+            mean = WORLD.places[i] + np.outer(middle, WORLD.directions[i])
+            mean += WORLD.blink * np.outer(signs, WORLD.eyes[i])
+            rest = x - (1 - sigma) * mean.ravel()
+            square = np.sum(rest * np.linalg.solve(spread, rest.T).T, axis=1)
+            each.append(-0.5 * (square + np.linalg.slogdet(spread)[1]))
+    return np.logaddexp.reduce(each)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.4, 0.9, 1.0])
-@pytest.mark.parametrize("heard", [True, False])
-def test_the_velocity_follows_the_density(sigma: float, heard: bool):
+@pytest.mark.parametrize("heard, told", [(True, True), (True, False), (False, False)])
+def test_the_velocity_follows_the_density(sigma: float, heard: bool, told: bool):
     """Velocity and score are one: v = -(x + sigma · score) / (1 - sigma); at 1, the mean."""
     batch = sample(WORLD, jax.random.key(0), 1)
     noise = jax.random.normal(jax.random.key(1), batch["latents"].shape)
     x = (1 - sigma) * batch["latents"] + sigma * noise
     push = pushes(batch["audio"]) if heard else None
-    got = np.asarray(velocity(WORLD, x, jnp.full(1, sigma), push)).ravel()
+    kind = kinds(WORLD, batch["reference"])[:, 0] if told else None
+    got = np.asarray(velocity(WORLD, x, jnp.full(1, sigma), push, kind)).ravel()
     flat = np.asarray(x, np.float64).ravel()
     said = None if push is None else np.asarray(push[0], np.float64)
+    which = None if kind is None else int(kind[0])
     if sigma == 1.0:
-        middle = 0 * flat[: WORLD.frames] if said is None else WORLD.driven(WORLD.frames) @ said
-        want = flat - np.outer(middle, WORLD.directions.mean(axis=0)).ravel()
+        middle = np.zeros(WORLD.frames) if said is None else WORLD.driven(WORLD.frames) @ said
+        some = slice(None) if which is None else slice(which, which + 1)
+        place, direction = WORLD.places[some].mean(axis=0), WORLD.directions[some].mean(axis=0)
+        want = flat - (place + np.outer(middle, direction)).ravel()
     else:
         step = 1e-4 * np.eye(len(flat))
-        density = functools.partial(log_density, sigma=sigma, push=said)
-        score = np.array([(density(flat + d) - density(flat - d)) / 2e-4 for d in step])
+        density = functools.partial(log_density, sigma=sigma, push=said, kind=which)
+        score = (density(flat + step) - density(flat - step)) / 2e-4
         want = -(flat + sigma * score) / (1 - sigma)
     np.testing.assert_allclose(got, want, atol=2e-4)
 
@@ -65,6 +76,7 @@ def test_clips_have_the_stated_moments_wherever_they_lie():
     kind, place = np.asarray(kinds(WORLD, clip)), np.asarray(positions(WORLD, clip))
     assert (kind == kind[:, :1]).all(axis=1).mean() > 0.99
     np.testing.assert_allclose(np.bincount(kind[:, 0]) / n, 1 / WORLD.kinds, atol=0.01)
+    assert (kind == np.asarray(kinds(WORLD, batch["reference"]))).mean() > 0.99
     rest = place - push @ WORLD.driven(frames).T
     np.testing.assert_allclose(rest.mean(axis=0), 0, atol=0.02)
     texture = WORLD.texture**2 * np.eye(frames)

@@ -34,7 +34,7 @@ from liveavatar_jax.models.dit import CausalDiT
 from liveavatar_jax.types import Array, Bool, Float, Int, Key, LiveAvatarError
 from train import distill, forcing
 from train.experiment import Adapters, Distill, Forcing, Schedule
-from train.gaussians import HEARD, TEXT, World, positions, pushes, sample, velocity
+from train.gaussians import HEARD, TEXT, World, kinds, positions, pushes, sample, velocity
 from train.networks import Frozen
 
 WORLD = World()
@@ -53,9 +53,9 @@ class Budget:
     `judged` clips of each side of a comparison."""
 
     batch: int = 128
-    forcing: int = 1200
-    warm: int = 200
-    distill: int = 1200
+    forcing: int = 800
+    warm: int = 150
+    distill: int = 900
     judged: int = 2048
 
 
@@ -155,7 +155,8 @@ def adam(rate: float, updates: int) -> optax.GradientTransformation:
 
 def teacher(x: Array, sigma: Array, text: bool, audio: bool, batch: dict[str, Array]) -> Array:
     """The exact velocity; no text says anything."""
-    return velocity(WORLD, x, sigma, pushes(batch["audio"]) if audio else None)
+    push = pushes(batch["audio"]) if audio else None
+    return velocity(WORLD, x, sigma, push, kinds(WORLD, batch["reference"])[:, 0])
 
 
 # ---- training

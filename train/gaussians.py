@@ -1,11 +1,12 @@
 """A world whose density is known: a thing of one of three kinds moves as its audio drives it.
 
-Each clip shows one kind for good, which nothing it is made for tells; so the first block chooses
-it, and later ones have to see it in the past. A frame is the kind's own place, plus its position
-along the kind's own direction, plus texture. The position is an AR(1) process that each frame's
-audio pushes. Given the audio, a clip is a mixture of Gaussians, and so is the clip at any noise
-level: the velocity that a perfect bidirectional teacher would give is a formula. The law of every
-stretch of frames given its own audio is the same wherever it lies, so long videos have one, too.
+The reference shows a clip's kind, as a portrait does. A frame is the kind's own place, plus a
+position along the kind's own direction, plus a sign (eyes open or shut, anew in each frame) across
+it, plus texture. The position is an AR(1) process that each frame's audio pushes; so a block has to
+go on from the one before. Given the audio, a clip is a mixture of Gaussians, and so is the clip at
+any noise level: the velocity that a perfect bidirectional teacher would give is a formula. The law
+of every stretch of frames given its own audio is the same wherever it lies, so long videos have
+one, too.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ TEXT = 4  # width of a row of text, all zeros
 class World:
     """Positions follow z' = keep · z + push · audio + shake · noise, audio and noise N(0, 1).
 
-    spread: of the kinds' places from the middle. texture: standard deviation.
+    spread: of the kinds' places from the middle. blink: size of what has a random sign. texture:
+    standard deviation.
     """
 
     frames: int = 6
@@ -38,6 +40,7 @@ class World:
     keep: float = 0.8
     push: float = 0.5
     shake: float = 0.3
+    blink: float = 0.8
     texture: float = 0.25
 
     @property
@@ -52,9 +55,15 @@ class World:
 
     @property
     def directions(self) -> Float[np.ndarray, "kinds w"]:
-        """Unit vectors, across all places."""
+        """Unit vectors of movement, across all places."""
         turn = 2 * math.pi * np.arange(self.kinds) / self.kinds + 0.5
         return np.stack([np.cos(turn), np.sin(turn)], 1) @ _basis()[2:]
+
+    @property
+    def eyes(self) -> Float[np.ndarray, "kinds w"]:
+        """Unit vectors of what blinks, across places and directions."""
+        turn = 2 * math.pi * np.arange(self.kinds) / self.kinds + 0.5
+        return np.stack([-np.sin(turn), np.cos(turn)], 1) @ _basis()[2:]
 
     def driven(self, frames: int) -> Float[np.ndarray, "f f"]:
         """What each frame's audio (second axis) does to each frame's position."""
@@ -81,13 +90,15 @@ def sample(
     position = position + jax.random.normal(keys[2], (rows, frames)) @ root.T
     clip = _wide(world.places)[kind][:, None]
     clip = clip + position[..., None] * _wide(world.directions)[kind][:, None, :]
+    sign = jax.random.rademacher(keys[4], (rows, frames, 1), jnp.float32)
+    clip = clip + world.blink * sign * _wide(world.eyes)[kind][:, None, :]
     clip = clip + world.texture * jax.random.normal(keys[3], (rows, frames, WIDTH))
     still = jnp.zeros((rows, 1, SIDE, SIDE, 1))
     return {
         "latents": rearrange(clip, "b f (h w) -> b f h w 1", h=SIDE),
         "audio": features(push),
         "text": jnp.zeros((rows, 1, TEXT)),
-        "reference": still,
+        "reference": rearrange(_wide(world.places)[kind], "b (h w) -> b 1 h w 1", h=SIDE),
         "motion": still,
         "still": still,
     }
@@ -110,10 +121,11 @@ def velocity(
     x: Float[Array, "b f h w c"],
     sigma: Float[Array, " b"],
     push: Float[Array, "b f"] | None,
+    kind: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b f h w c"]:
-    """E[noise - clean | x at level sigma > 0], given the audio or not: the perfect teacher."""
+    """E[noise - clean | x at level sigma > 0], given audio and kind or not: the perfect teacher."""
     level = sigma[:, None, None, None, None]
-    clean = expected(world, x, sigma, push)
+    clean = expected(world, x, sigma, push, kind)
     return target(clean, (x - (1 - level) * clean) / level)
 
 
@@ -122,8 +134,9 @@ def expected(
     x: Float[Array, "b f h w c"],
     sigma: Float[Array, " b"],
     push: Float[Array, "b f"] | None,
+    kind: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b f h w c"]:
-    """E[clean | x at level sigma]: each kind's regression, weighted by how likely it is."""
+    """E[clean | x at level sigma]: each kind's and sign's regression, weighted by its chance."""
     frames, (h, w) = x.shape[1], x.shape[2:4]
     spectrum, axes = np.linalg.eigh(world.covariance(frames, push is not None))
     along, around = _wide(spectrum)[None] + world.texture**2, world.texture**2
@@ -135,13 +148,21 @@ def expected(
     u = jnp.einsum("bmfw,mw,fe->bme", rest, directions, axes)
     wide = (alpha**2 * along + noise)[:, None]  # variances along the direction
     thin = alpha**2 * around + noise  # and across it
+    eyes = _wide(world.eyes)
+    pull = alpha[..., None] * world.blink / thin[..., None]  # towards the likelier sign
+    pull = pull * jnp.einsum("bmfw,mw->bmf", rest, eyes)
     across = jnp.sum(rest**2, axis=(2, 3)) - jnp.sum(u**2, axis=2)
     log = -0.5 * (jnp.sum(u**2 / wide, axis=2) + across / thin)
-    kind = jax.nn.softmax(log, axis=-1)  # determinants are the same for all kinds
+    log = log + jnp.sum(jnp.logaddexp(pull, -pull), axis=2)
+    if kind is not None:
+        log = jnp.where(jnp.arange(world.kinds)[None] == kind[:, None], log, -jnp.inf)
+    share = jax.nn.softmax(log, axis=-1)  # determinants are the same for all kinds
     gain = (along[:, None] / wide - (around / thin)[..., None]) * u
     more = jnp.einsum("bme,fe,mw->bmfw", gain, axes, directions)
-    clean = mean + alpha[..., None, None] * ((around / thin)[..., None, None] * rest + more)
-    return rearrange(jnp.einsum("bm,bmfw->bfw", kind, clean), "b f (h w) -> b f h w 1", h=h, w=w)
+    sure = 1 - alpha**2 * around / thin  # how much of the sign is not in the texture already
+    signs = jnp.einsum("bmf,mw->bmfw", world.blink * sure[..., None] * jnp.tanh(pull), eyes)
+    clean = mean + alpha[..., None, None] * ((around / thin)[..., None, None] * rest + more) + signs
+    return rearrange(jnp.einsum("bm,bmfw->bfw", share, clean), "b f (h w) -> b f h w 1", h=h, w=w)
 
 
 def kinds(world: World, x: Float[Array, "b f h w c"]) -> Int[Array, "b f"]:
