@@ -8,8 +8,9 @@ of encoded clips of that size; start it from stage 1 with `--set start=FILE` (`t
 Student and critic are adapters of rank 128 over one frozen base, which is the teacher. Numbers are
 those of the paper (student 1e-5, critic 2e-6, 5 : 1) where it states them.
 
-Expected: fits 64 chips of v5p as it stands; 64 of v6e with `--mesh fsdp=16,sequence=4 --set
-data.batch=16`. Other pods, memory and times: README, "Training on a pod".
+Expected: the student's step takes 54 of 79 GiB of 64 H100s, as compiled ahead. Chips with less
+memory part each clip over four: `--mesh fsdp=16,sequence=4 --set data.batch=16` on 64 of v6e. What
+is compiled and what is not, memory and times: README, "Training on a pod".
 """
 
 from liveavatar_jax.config import DiTConfig, ModelConfig

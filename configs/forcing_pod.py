@@ -6,8 +6,9 @@
 Expects, below the root: `avatar`, made by `liveavatar-jax convert` of the base, and `clips`, shards
 of encoded clips of that size. Adapters of rank 128 learn over the frozen base, as published.
 
-Expected: fits 64 chips of v5p or H100 as it stands; 64 of v6e with `--mesh fsdp=16,sequence=4 --set
-data.batch=16`. Other pods, memory and times: README, "Training on a pod".
+Expected: takes 28 of 79 GiB of 64 H100s, as compiled ahead. Chips with less memory part each clip
+over four: `--mesh fsdp=16,sequence=4 --set data.batch=16` on 64 of v6e. What is compiled and what
+is not, memory and times: README, "Training on a pod".
 """
 
 from liveavatar_jax.config import DiTConfig, ModelConfig
