@@ -97,6 +97,10 @@ def _measured(name: str, train: Callable[[Run], int], calls: int, pairs: int, ru
               f"{1e3 * cpu:8.2f} ms of processors")  # fmt: skip
     print(f"  the loop takes {loop[0] / bare[0] - 1:+.1%} by the clock, "
           f"{loop[1] / bare[1] - 1:+.1%} of the processors' time")  # fmt: skip
+    own = median(timed.own)
+    print(
+        f"  its own thread works {1e3 * own:.2f} ms between two calls, {own / bare[1]:.2%} of one"
+    )
     wait = median(timed.waits)
     share = wait / (median(each[0] for each in timed.bare) / calls)
     print(
@@ -108,18 +112,21 @@ def _measured(name: str, train: Callable[[Run], int], calls: int, pairs: int, ru
 class Timed:
     """Has a run's compiled steps repeat themselves, and its batches timed.
 
-    loop, bare: seconds by the clock and of the processors, of so many calls each; waits: seconds
-    for each batch to come out of the pipeline; shape: of its latents.
+    loop, bare: seconds by the clock and of the processors, of so many calls each; own: seconds of
+    the loop's thread at work between two calls; waits: seconds for each batch to come out of the
+    pipeline; shape: of its latents.
     """
 
     def __init__(self, run: Run, calls: int, pairs: int):
         self.loop: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
+        self.own: list[float] = []
         self.waits: list[float] = []
         self.shape: tuple[int, ...] = ()
         self._calls, self._pairs = calls, pairs
         self._taken: list[tuple[Callable[..., Any], Any]] = []
         self._began: tuple[float, float] | None = None
+        self._left: float | None = None
         compiled, take = run.compiled, run.next_batch
         run.compiled = lambda step, state: partial(self._call, compiled(step, state))
         run.next_batch = partial(self._next, take)
@@ -132,10 +139,14 @@ class Timed:
         return batch
 
     def _call(self, step: Callable[..., Any], frozen: Any, state: Any, batch: Any) -> Any:
+        if self._left is not None:
+            self.own.append(time.thread_time() - self._left)
         if len(self._taken) == self._calls:
             state = self._repeated(frozen, state)
         self._taken.append((step, batch))
-        return step(frozen, state, batch)
+        made = step(frozen, state, batch)
+        self._left = time.thread_time()
+        return made
 
     def _repeated(self, frozen: Any, state: Any) -> Any:
         """The end of a pair: the calls since the last one once more, bare."""
