@@ -34,14 +34,15 @@ from train.sample import sampled
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a row's clips are like. Energy distances are of clips together with their audio, of the
-    positions at the seams of blocks together with the push between them, and of the last stretch
-    of long videos; `follows` is what the position does per push of the audio, `rarest` the share
-    of the kind that is seen least, and `stays` the share of long videos that end as the kind that
-    they began with."""
+    """What a row's clips are like. Energy distances are of clips together with their audio, of a
+    clip's last frame alone, of the positions at the seams of blocks together with the push between
+    them, and of the last stretch of long videos; `follows` is what the position does per push of
+    the audio, `rarest` the share of the kind that is seen least, and `stays` the share of long
+    videos that end as the kind that they began with."""
 
     name: str
     clip: Distance
+    frame: Distance
     seam: Distance
     late: Distance | None
     follows: float
@@ -52,16 +53,16 @@ class Report:
     def line(self) -> str:
         cell = lambda d: "–" if d is None else f"{d.value:.4f} ({d.low:.4f}, {d.high:.4f})"
         stays = "–" if self.stays is None else f"{self.stays:.0%}"
+        distances = map(cell, (self.clip, self.frame, self.seam, self.late))
         return (
-            f"| `{self.name}` {ROWS[self.name].says} | {cell(self.clip)} | {cell(self.seam)} | "
-            f"{cell(self.late)} | {self.follows:.2f} | {self.rarest:.0%} | {stays} | "
-            f"{self.seconds:.0f} |"
+            f"| `{self.name}` {ROWS[self.name].says} | {' | '.join(distances)} | "
+            f"{self.follows:.2f} | {self.rarest:.0%} | {stays} | {self.seconds:.0f} |"
         )
 
 
 HEAD = (
-    "| row | clips | seams of blocks | after 10 clips' time | follows | rarest | stays | s |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| row | clips | frames | seams of blocks | after 10 clips' time | follows | rarest | stays "
+    "| s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -105,6 +106,7 @@ def report(
     return Report(
         name=name,
         clip=energy(whole(clip, said), whole(real, heard)),
+        frame=energy(*(np.asarray(x)[:, -1].reshape(len(x), -1) for x in (clip, real))),
         seam=energy(seam(clip, said), seam(real, heard)),
         late=energy(whole(made[:, last], push[:, last]), whole(real, heard)) if long else None,
         follows=float(follows),
@@ -191,7 +193,7 @@ def _stored(path: Path, budget: Budget) -> Report | None:
     if whole["budget"] != dataclasses.asdict(budget):
         return None
     fields = whole["report"]
-    for name in ("clip", "seam", "late"):
+    for name in ("clip", "frame", "seam", "late"):
         fields[name] = None if fields[name] is None else Distance(**fields[name])
     return Report(**fields)
 
