@@ -6,7 +6,7 @@ work a head at a time, and of any other order the compiler would turn a whole ri
 
 import functools
 import math
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +216,10 @@ class Layout:
     def split(self, x: Float[Array, "b f p dim"]) -> Float[Array, "b f pp dim"]:
         """Tokens, parted."""
         return x
+
+    def by_row(self, tree: Any) -> Any:
+        """Arrays that lead with the rows of the batch and are whole otherwise."""
+        return tree
 
     def join(self, x: Float[Array, "b f pp k"], p: int) -> Float[Array, "b f p k"]:
         """The inverse of `split`."""

@@ -95,7 +95,7 @@ def causal(
         x, sigma = jnp.concatenate([past, x], 1), jnp.concatenate([jnp.zeros_like(sigma), sigma], 1)
         turn = _join(turn, turn)
         given = _twice(given)
-    level = dit.level(sigma)
+    level = layout.by_row(dit.level(sigma))
     x = dit.embed(x, given.pose)
     p = x.shape[2]
     size, half = block_frames * p, f * p  # tokens
@@ -144,14 +144,15 @@ def hidden(
     needs of the level."""
     _, f, h, w, _ = x.shape
     conditions, condition_turn = dit.conditions(given.reference, given.motion)
-    level = dit.level(jnp.repeat(sigma[:, None], f, axis=1))
+    level = layout.by_row(dit.level(jnp.repeat(sigma[:, None], f, axis=1)))
     x = dit.embed(x, given.pose)
     p, count = x.shape[2], conditions.shape[1]
     # The condition tokens as further frames at level 0, the last one filled up.
     more = math.ceil(count / p)
     conditions = jnp.pad(conditions, ((0, 0), (0, more * p - count), (0, 0)))
     x = jnp.concatenate([x, rearrange(conditions, "b (f p) dim -> b f p dim", p=p)], axis=1)
-    clean = repeat(dit.level(jnp.zeros((len(x), 1))).blocks, "b 1 m dim -> b f m dim", f=more)
+    clean = layout.by_row(dit.level(jnp.zeros((len(x), 1))).blocks)
+    clean = repeat(clean, "b 1 m dim -> b f m dim", f=more)
     blocks = jnp.concatenate([level.blocks, clean], axis=1)
     tokens = f * p + count
     turn = _join(dit.turn(jnp.zeros(1, jnp.int32), f, h, w), condition_turn)

@@ -181,7 +181,7 @@ class CausalDiT(nnx.Module):
             q, turned = rotate(q, turn), rotate(k, turn)
             return layout.attention(q, turned, v, None, self.cfg.attention), KV(k=k, v=v)
 
-        clean = self.level(jnp.zeros((len(x), 1))).blocks
+        clean = layout.by_row(self.level(jnp.zeros((len(x), 1))).blocks)
         _, sink = self.trunk(x[:, None], clean, text, attend, layout=layout)
         return sink
 
@@ -212,6 +212,7 @@ class CausalDiT(nnx.Module):
         roll = jnp.maximum(0, position - (REFERENCE_POSITION - distance))
         sink_turn = condition_phase(h, w, roll=roll, head_dim=self.cfg.head_dim)
         sink_turn = jax.tree.map(lambda a: a[:, : cache.sink.tokens], sink_turn)
+        level = layout.by_row(level)
         x = self.embed(x, pose)
         p = x.shape[2]
         tokens = f * p
