@@ -4,7 +4,9 @@
     CLUSTER=... IMAGE=... OUT=gs://... configs/launch/xpk.sh
 
 Expects, below the root: `avatar`, made by `liveavatar-jax convert` of the base, and `clips`, shards
-of encoded clips of that size; start it from stage 1 with `--set start=FILE` (`train.export`).
+of encoded clips of that size and the text that guidance leans away from
+(`liveavatar-jax encode --negative TEXT`); start it from stage 1 with `--set start=FILE`
+(`train.export`).
 Student and critic are adapters of rank 128 over one frozen base, which is the teacher. Numbers are
 those of the paper (student 1e-5, critic 2e-6, 5 : 1) where it states them.
 
@@ -15,6 +17,7 @@ is compiled and what is not, memory and times: README, "Training on a pod".
 
 from liveavatar_jax.config import DiTConfig, ModelConfig
 from liveavatar_jax.data.clips import DataConfig, Source
+from liveavatar_jax.diffusion.rollout import Policy
 from liveavatar_jax.parallel.mesh import TrainMesh
 from train.experiment import Distill
 
@@ -25,6 +28,8 @@ def config() -> Distill:
         weights="avatar",
         data=DataConfig(sources=(Source(("clips",)),), batch=64),
         mesh=TrainMesh(fsdp=64),
+        policy=Policy(positions=1125),  # three minutes of video
+        negative="clips/negative.safetensors",
         steps=2_500,
         save_every=50,
     )

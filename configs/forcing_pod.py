@@ -23,5 +23,6 @@ def config() -> Forcing:
         weights="avatar",
         data=DataConfig(sources=(Source(("clips",)),), batch=64),
         mesh=TrainMesh(fsdp=64),
+        positions=1125,  # three minutes of video
         steps=25_000,
     )

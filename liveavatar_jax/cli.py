@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                    help="of the windows, as latents=21 stride=84 least_past=0")  # fmt: skip
     p.add_argument("--caption", help="of clips without one (default: a person who speaks)")
+    p.add_argument("--negative", metavar="TEXT", help="what guidance leans away from in training; "
+                   "its rows go to OUT/negative.safetensors")  # fmt: skip
     p.add_argument("--scores", type=Path, help="csv or json: numbers about clips, by id")
     p.add_argument("--require", nargs="+", action="extend", default=[], metavar="SCORE>=N",
                    help="of a clip's scores, as 'sync>=3' 'quality>=40'")  # fmt: skip
@@ -192,6 +194,7 @@ def _encode(args: argparse.Namespace) -> int:
             per_shard=args.per_shard,
             workers=args.workers,
             dtype=args.dtype,
+            negative=args.negative,
         )
     )
     print(report)

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from liveavatar_jax.config import ModelConfig, from_dict
@@ -63,6 +64,7 @@ class Request:
     per_shard: int = 64  # clips that a shard stands for
     workers: int | None = None  # processes that decode
     dtype: str | None = None  # of the VAE; float32 on a CPU, bfloat16 elsewhere
+    negative: str | None = None  # a text, whose rows go to OUT/negative.safetensors
 
 
 @dataclasses.dataclass
@@ -141,6 +143,10 @@ def _encode_shards(request: Request, shards: list[list[Job]], left: list[int]) -
     workers = request.workers or min(8, max(1, (os.cpu_count() or 1) - 1))
     done = sum(map(len, shards)) - len(jobs)
     networks = Networks(request, jobs)
+    if request.negative is not None:
+        plain = [dataclasses.replace(jobs[0].entry, caption=None)]
+        rows = Captions(request.weights, networks.cfg, request.negative, plain)(None)
+        save_file({"text": rows.astype(np.float32)}, request.out / "negative.safetensors")
     with (
         jax.default_matmul_precision("highest" if networks.dtype == "float32" else None),
         contextlib.closing(examined(jobs, request.windows, workers)) as results,

@@ -83,7 +83,7 @@ def test_a_student_goes_from_stage_to_stage(run, tmp_path):
     export(tmp_path / "one", lora, part="average")
     negative = tmp_path / "negative.safetensors"
     save_file({"text": np.ones((3, 48), np.float32)}, negative)
-    begins = ["--set", f"start={lora}", f"negative={negative}", "steps=1"]
+    begins = ["--set", f"start={lora}", f"negative={negative}", "steps=1", "data.text_len=8"]
     code, _ = run(distill, "two", *begins, "schedule.ratio=2", "schedule.alone=true")
     assert code == 0
     first = checkpoints.read(tmp_path / "one", 2, ["average.blocks.ffn_in.kernel.b"])
@@ -94,12 +94,30 @@ def test_a_student_goes_from_stage_to_stage(run, tmp_path):
     assert "student/dmd_gradient" in json.loads(lines[0])
 
 
+def test_samples_on_a_mesh_are_those_of_one_device(run, tmp_path):
+    """The decoder lies on one device, whatever the rest does."""
+    seen = []
+    for mesh in ("data=1", "data=2"):
+        changes = ["--set", "sample_every=1", "steps=1", "data.batch=2", "--mesh", mesh]
+        assert run(forcing, mesh, *changes)[0] == 0
+        with av.open(next((tmp_path / mesh / "samples").glob("*.mp4"))) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        seen.append(np.stack(frames).astype(np.float32))
+    assert np.abs(seen[0] - seen[1]).mean() < 1
+
+
 @pytest.mark.parametrize("changes, words", [
     (["model.dit.ffn_dim=48"], "model.dit.ffn_dim is 48, and .* has 32; take the model of the"),
     (["adapters.rank=3", "start={lora}"], "is another LoRA than the experiment's"),
     (["negative={lora}"], 'has no tensor "text"'),
     (["weights=null", "sample_every=1"], "sample_every needs the decoder"),
     (["model.dit.fnn_dim=48"], "has no field 'fnn_dim', did you mean 'ffn_dim'"),
+    (["synthetic.f=5"], "clips of 5 latent frames do not make 2 whole blocks of 2"),
+    (["blocks=3"], "do not make 3 whole blocks"),
+    (["window=3"], "window = 3 must be at most the 2 blocks"),
+    (["positions=5"], "set policy.positions"),
+    (["vary=true"], "must be given with vary"),
+    (["clip=-1.0"], "clip = -1.0 must be None or above 0"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(run, tmp_path, changes, words):
     lora = tmp_path / "lora.safetensors"

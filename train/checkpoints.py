@@ -59,7 +59,7 @@ class Checkpoints:
         self.folder = _folder(run)
         self.config = describe(config)
         self.may_differ = tuple(may_differ)
-        self._resumed: int | None = None
+        self._later: list[int] = []
         _hush()
         for name in ("absl", "asyncio"):  # pages about a failure, beside its error
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -148,7 +148,7 @@ class Checkpoints:
                 f"{self.folder / str(step)} is damaged, {bad[0]} is not what was saved"
                 f"{self._way_out(step)}"
             )
-        self._resumed = step
+        self._later = [each for each in self.steps if each > step]  # all processes see the same
         return _rebuilt(state, found["state"]), found["data"]
 
     def wait(self) -> None:
@@ -187,11 +187,9 @@ class Checkpoints:
 
     def _forget_later(self) -> None:
         """The steps that the resumed one is about to overtake, should there be any."""
-        if self._resumed is None:
-            return
-        later = [step for step in self.steps if step > self._resumed]
-        self._resumed = None
-        self._manager.reload()
+        later, self._later = self._later, []
+        if later:
+            self._manager.reload()
         for step in later:
             self._manager.delete(step)
 

@@ -65,6 +65,9 @@ def student_step(
         made, learner, given = generate(exp, layout, frozen, state.student.params, batch, keys[0])
         judged = scores(exp, layout, frozen, state.critic.params, window(exp, batch, made.x))
         gradient, metrics = exp.objective(made.x, judged, keys[1])
+        if made.x.shape[1] < _frames(exp, batch):
+            # The scores know nothing of what was before the window, and would have it begin anew.
+            gradient = gradient.at[:, : exp.model.stream.block_frames].set(0.0)
         make = functools.partial(network, exp, frozen)
         kept = jax.tree.map(lambda a: a[-len(made.inputs) :], given)
         grads = replay(learner, make, state.student.params, made, kept, gradient, exp.policy)
@@ -198,7 +201,7 @@ def train(run: Run) -> int:
             if stopped or run.due(step + 1):
                 with watch.aside():
                     run.save(step + 1, state)
-            if run.due_sample(step + 1):
+            if run.due_sample(step + 1) and not stopped:
                 with watch.aside():
                     run.sample(watch, step + 1, frozen, state)
             if stopped:

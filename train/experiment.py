@@ -41,10 +41,9 @@ class Forcing:
 
     weights: folder of `liveavatar-jax convert`; random weights of `seed` without.
     start: what the student begins with: a LoRA file for adapters, else a converted folder.
-    scaffold: every motion latent is noised to a random level of its own, so that the student
-    looks at its past and not at them.
+    scaffold: in stage 1, every motion latent is noised to a random level of its own, so that the
+    student looks at its past and not at them.
     positions: the clip stands at a random latent frame up to here.
-    may_differ: fields that a run may change when it goes on.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -74,6 +73,16 @@ class Forcing:
         for name in ("steps", "accumulate", "save_every", "keep"):
             _require(getattr(self, name) >= 1, self, name, "be at least 1")
         _require(self.positions >= 0, self, "positions", "be at least 0")
+        for name in ("sample_every", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, self, name, "be None or at least 1")
+        _require(self.clip is None or self.clip > 0, self, "clip", "be None or above 0")
+        size = getattr(self.objective, "block_frames", self.model.stream.block_frames)
+        if size != self.model.stream.block_frames:
+            raise LiveAvatarError(
+                f"the objective has blocks of {size} latent frames and model.stream.block_frames "
+                f"is {self.model.stream.block_frames}; make them equal"
+            )
         _require(self.average is None or 0 <= self.average < 1, self, "average", "lie in [0, 1)")
         _require(self.data.batch % self.accumulate == 0, self, "accumulate",
                  f"divide data.batch = {self.data.batch}")  # fmt: skip
@@ -130,12 +139,18 @@ class Distill(Forcing):
     discriminator: int | None = None
     reward: Callable[..., Any] | None = None
     teacher: Callable[..., Any] | None = None
+    average_from: int = 40  # updates of the student, 200 of the critic at 5 : 1
     steps: int = 2_500
 
     def __post_init__(self):
         super().__post_init__()
+        _require(self.positions == 0, self, "positions", "be 0 in stage 2; set policy.positions")
+        for name in ("blocks", "window", "discriminator"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, self, name, "be None or at least 1")
         if self.blocks is not None and self.window is not None:
             _require(self.window <= self.blocks, self, "window", f"be at most {self.blocks}")
+        _require(not self.vary or self.window is not None, self, "window", "be given with vary")
 
 
 def _require(ok: bool, cfg: object, field: str, what: str) -> None:

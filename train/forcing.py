@@ -100,7 +100,7 @@ def train(run: Run) -> int:
             if stopped or run.due(step + 1):
                 with watch.aside():
                     run.save(step + 1, state)
-            if run.due_sample(step + 1):
+            if run.due_sample(step + 1) and not stopped:
                 with watch.aside():
                     run.sample(watch, step + 1, frozen, state)
             if stopped:

@@ -63,7 +63,7 @@ def conditioned(
     """
     dtype = exp.model.stream.dtype
     features, text = batch["audio"], batch["text"]
-    text = text if context is None else jnp.broadcast_to(context, text.shape)
+    text = text if context is None else jnp.broadcast_to(context, (len(text), *context.shape[1:]))
     apart = by_block and exp.model.stream.audio_past == "repeat"
     blocks = features.shape[2] // (4 * exp.model.stream.block_frames) if apart else 1
     reference, motion = batch["reference"].astype(dtype), motion.astype(dtype)

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from liveavatar_jax.config import change
 from liveavatar_jax.data.clips import Batches, open_clips, open_synthetic
+from liveavatar_jax.data.records import Shapes
 from liveavatar_jax.devices import prepare
 from liveavatar_jax.models.attention import Layout
 from liveavatar_jax.models.dit import CausalDiT
@@ -31,7 +32,7 @@ from liveavatar_jax.plan.training import model_flops
 from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint, files
 from train.checkpoints import Checkpoints
-from train.experiment import Forcing
+from train.experiment import Distill, Forcing
 from train.export import read_lora
 from train.metrics import Watch, parse_profile
 from train.networks import Frozen, initial
@@ -88,7 +89,8 @@ def load(path: Path, kinds: tuple[type, ...], changes: Sequence[str] = ()) -> An
     if not path.is_file():
         raise LiveAvatarError(f"{path} is not there; name a config file, as configs/*.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise LiveAvatarError(f"{path} is not a .py file; name a config file, as configs/*.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -119,22 +121,19 @@ class Run:
             raise LiveAvatarError("sample_every needs the decoder of `weights`; leave one out")
         self.mesh = exp.mesh.make()
         self.layout: Layout = layout(self.mesh)
-        self._stack = contextlib.ExitStack()
         self.profile = None if args.profile is None else parse_profile(args.profile)
 
     def __enter__(self) -> "Run":
-        self._stack.enter_context(jax.set_mesh(self.mesh))
-        self._save = self._stack.enter_context(
-            Checkpoints(
-                self.args.out,
-                self.experiment,
-                keep=self.experiment.keep,
-                keep_every=self.experiment.keep_every,
-                may_differ=MAY_DIFFER,
+        exp = self.experiment
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.set_mesh(self.mesh))
+            steps = Checkpoints(
+                self.args.out, exp, keep=exp.keep, keep_every=exp.keep_every, may_differ=MAY_DIFFER
             )
-        )
-        self.data = self._open()
-        self._stack.callback(self.data.close)
+            self._save = stack.enter_context(steps)
+            self.data = self._open()
+            stack.callback(self.data.close)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -156,13 +155,19 @@ class Run:
         """The state of the newest step on its devices, or that before the first, and its number."""
         shapes = jax.eval_shape(start, frozen)
         places = trained(shapes, self.mesh)
-        if self._save.latest is not None:
+        latest = self._save.latest or 0
+        if jax.process_count() > 1 and int(hosts.broadcast(np.int32(latest))) != latest:
+            raise LiveAvatarError(
+                f"{self.args.out}: not all processes see the same steps there; name a folder that "
+                "they share"
+            )
+        if latest:
             place = lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at)
             state, position = self._save.restore(
                 jax.tree.map(place, shapes, places), self.args.resume_step
             )
             self.data.restore(position)
-            done = self.args.resume_step or self._save.latest
+            done = self.args.resume_step or latest
             if hosts.is_first():
                 print(f"{self.args.out}: goes on after step {done}", file=sys.stderr)
             return state, done
@@ -223,9 +228,12 @@ class Run:
         made = (self.batch["still"], self._sampled(frozen, params, self.batch))
         if jax.process_count() > 1:
             made = multihost_utils.process_allgather(made, tiled=True)
+        vae = self._vae  # read by all processes together
         if hosts.is_first():
-            first = (np.asarray(x[:1], np.float32) for x in made)
-            watch.sample(step, decoded(self._vae, *first))
+            here = Mesh(np.array(jax.local_devices()[:1]), ("device",))
+            with jax.set_mesh(here):
+                first = (np.asarray(x[:1], np.float32) for x in made)
+                watch.sample(step, decoded(vae, *first))
 
     # ---- parts
 
@@ -233,13 +241,25 @@ class Run:
         exp = self.experiment
         rows = rows_of(self.mesh, exp.data.batch)
         if exp.synthetic is not None:
+            self._require_fit(exp.synthetic)
             return open_synthetic(exp.data, exp.synthetic, rows=rows)
         data = open_clips(exp.data, rows=rows)
-        self._require_fit(data)
+        self._require_fit(data.shapes)
         return data
 
-    def _require_fit(self, data: Batches) -> None:
-        dit, has = self.experiment.model.dit, data.shapes
+    def _require_fit(self, has: Shapes) -> None:
+        exp = self.experiment
+        dit, size = exp.model.dit, exp.model.stream.block_frames
+        blocks = (isinstance(exp, Distill) and exp.blocks) or has.f // size
+        if blocks * size > has.f or (has.f % size and not getattr(exp, "blocks", None)):
+            raise LiveAvatarError(
+                f"clips of {has.f} latent frames do not make {blocks} whole blocks of {size}; "
+                "encode longer ones, or change model.stream.block_frames or blocks"
+            )
+        if isinstance(exp, Distill) and exp.window is not None and exp.window > blocks:
+            raise LiveAvatarError(f"window = {exp.window} must be at most the {blocks} blocks")
+        if has.h % 2 or has.w % 2:
+            raise LiveAvatarError(f"latents of {has.h} x {has.w} do not divide into patches of 2")
         wanted = {"c": dit.latent_channels, "layers": dit.audio_layers, "audio_dim": dit.audio_dim,
                   "text_dim": dit.text_dim}  # fmt: skip
         for name, value in wanted.items():
@@ -308,4 +328,9 @@ class Run:
 
     @functools.cached_property
     def _vae(self) -> VAE:
-        return checkpoint.restore(Path(self.experiment.weights), "vae", dtype="float32")
+        """On a device of this process."""
+        vae = checkpoint.restore(
+            Path(self.experiment.weights), "vae", hosts.everywhere(), dtype="float32"
+        )
+        here = jax.local_devices()[0]
+        return jax.tree.map(lambda a: jax.device_put(a.addressable_data(0), here), vae)

@@ -99,7 +99,10 @@ class Streamed:
     def live(
         self, model: CausalDiT, memory: Memory, flight: InFlight, given: Given
     ) -> tuple[Memory, InFlight]:
-        heard = jnp.concatenate([given.chunk.past, given.chunk.audio], axis=2)
+        audio = given.chunk.audio
+        before = jnp.repeat(audio[:, :, :1], PAST, axis=2)  # also where early blocks are left out
+        first = (flight.block == 0)[:, None, None, None, None]
+        heard = jnp.concatenate([jnp.where(first, before, given.chunk.past), audio], axis=2)
         audio = model.audio(heard.astype(self.cfg.stream.dtype))
         levels = stream.levels_of(self.cfg.stream, model, len(heard))
         text = model.text(memory.context)

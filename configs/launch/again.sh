@@ -5,16 +5,17 @@
 #
 # SIGTERM is passed on: the command finishes its step, saves it and leaves. Then the exit code is
 # 75, so that whatever restarts what fails starts it again, and the same command goes on where it
-# was saved. 0: all steps are done. Else: its own error. ON_AGAIN is run before a 75.
+# was saved. 0: all steps are done. Else: its own error. ON_AGAIN is run before a 75, and ON_TERM
+# instead of passing SIGTERM on. Do not use it with --resume-step, which would go back each time.
 set -u
 asked=
-trap 'asked=1; kill -TERM "$child" 2>/dev/null' TERM
+trap 'asked=1; if [ -n "${ON_TERM:-}" ]; then eval "$ON_TERM"; else kill -TERM "$child" 2>/dev/null; fi' TERM
 "$@" &
 child=$!
 while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal ends `wait` early
 wait "$child"
 code=$?
-if [ -n "$asked" ] && [ "$code" -eq 0 ]; then
+if [ -n "$asked" ] && { [ "$code" -eq 0 ] || [ "$code" -eq 143 ]; }; then # 143: not begun yet
   if [ -n "${ON_AGAIN:-}" ]; then eval "$ON_AGAIN"; fi
   exit 75
 fi

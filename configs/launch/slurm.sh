@@ -22,5 +22,6 @@ set -eu
 stage=$1 config=$2 out=$3
 shift 3
 export ON_AGAIN="scontrol requeue $SLURM_JOB_ID"
+export ON_TERM="scancel --signal=TERM $SLURM_JOB_ID" # srun itself would kill its tasks
 exec configs/launch/again.sh srun --kill-on-bad-exit=1 \
   python -m "train.$stage" "$config" --out "$out" --cluster "$@"

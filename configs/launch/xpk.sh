@@ -10,7 +10,8 @@
 #
 # Restarts: when a node is taken away its pod gets SIGTERM; all processes finish their step, save
 # it and leave with 75 (see again.sh); the JobSet starts all of them again, and they go on at that
-# step. GRACE seconds have to be enough for one step and one save.
+# step. GRACE seconds have to be enough for three steps (two in which
+# the processes agree, and the one that runs) and a save.
 set -eu
 STAGE=${STAGE:-distill}
 RUN="python -m train.$STAGE ${CONFIG:-configs/${STAGE}_pod.py} --out $OUT --cluster"
@@ -18,5 +19,5 @@ RUN="$RUN${MESH:+ --mesh $MESH}${SET:+ --set $SET}"
 xpk workload create --cluster "$CLUSTER" --workload "${NAME:-$STAGE}" \
   --tpu-type "${TYPE:-v5p-128}" --num-slices "${SLICES:-1}" --docker-image "$IMAGE" \
   --max-restarts "${RESTARTS:-100}" --restart-on-user-code-failure \
-  --termination-grace-period-seconds "${GRACE:-300}" \
+  --termination-grace-period-seconds "${GRACE:-900}" \
   --command "bash configs/launch/again.sh $RUN"

@@ -136,8 +136,8 @@ class DiffusionForcing(nnx.Module):
 
 
 class TeacherForcing(DiffusionForcing):
-    """Flow matching where each block sees the real ones before it, at level 0 or at a random one
-    up to `augment`, for a student whose history will be clean."""
+    """Flow matching where each block sees the real ones before it, for a student whose history
+    will be clean. `augment` noises them to random levels up to that; the network is told 0."""
 
     def __init__(
         self, block_frames: int = 3, shift: float = 5.0, bell: bool = True, augment: float = 0.0
@@ -263,8 +263,8 @@ class Critic(nnx.Module):
 class AdversarialCritic(nnx.Module):
     """A critic's loss, and that of the discriminator on its features.
 
-    weight · [softplus(realness of generated clips) + softplus(-realness of real ones)], and
-    `smooth` times the square of what a small step in noise changes in it (an approximate R1).
+    weight · [softplus(realness of generated clips) + softplus(-realness of real ones) + smooth ·
+    the square of what a small step in noise changes in the latter (an approximate R1)].
     """
 
     def __init__(

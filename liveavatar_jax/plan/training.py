@@ -11,6 +11,7 @@ With adapters the weights are frozen, so their products cost that of the input a
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from liveavatar_jax.config import DiTConfig, ModelConfig
 from liveavatar_jax.data.records import Shapes
@@ -66,10 +67,13 @@ def recipe(exp: Forcing, shapes: Shapes) -> Recipe:
     )
     if not isinstance(exp, Distill):
         return found
-    guidance = getattr(exp.objective, "guidance", None)
+    objective: Any = exp.objective
+    while hasattr(objective, "objective"):  # Rewarded, Adversarial
+        objective = objective.objective
+    guidance = getattr(objective, "guidance", None)
     return dataclasses.replace(
         found,
-        passes=2 if guidance is None else guidance.passes,
+        passes=1 if guidance is None else guidance.passes,
         blocks=exp.blocks,
         window=exp.window,
         one_ring=exp.policy.history == "exit",
