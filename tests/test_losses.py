@@ -192,8 +192,8 @@ def test_diffusion_forcing_is_the_formula(bell):
         seen.update(x=x, sigma=sigma, past=past)
         return 0.5 * x
 
-    objective = DiffusionForcing(block_frames=2, bell=bell)
-    loss, _ = objective(velocity, X, KEY)
+    objective = DiffusionForcing(bell=bell)
+    loss, _ = objective(velocity, X, KEY, 2)
     sigma = np.asarray(seen["sigma"])
     assert seen["past"] is None and (sigma[:, ::2] == sigma[:, 1::2]).all()
     assert len(np.unique(sigma)) > 5  # of nine blocks
@@ -213,7 +213,7 @@ def test_teacher_forcing_shows_the_real_past(augment):
         assert (error > 0).all() if augment else (error == 0).all()
         return jnp.zeros_like(x)
 
-    TeacherForcing(block_frames=2, augment=augment)(velocity, X, KEY)
+    TeacherForcing(augment=augment)(velocity, X, KEY, 2)
 
 
 # ---- what is missing is named

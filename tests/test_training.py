@@ -52,7 +52,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 # Stage 1 trains whole networks on batches in two parts, stage 2 adapters, on whole batches.
 FORCING = Forcing(
-    **COMMON, adapters=None, objective=DiffusionForcing(block_frames=1), accumulate=2,
+    **COMMON, adapters=None, objective=DiffusionForcing(), accumulate=2,
     data=DataConfig(batch=16, text_len=4),
 )  # fmt: skip
 DISTILL = Distill(

@@ -31,7 +31,6 @@ import optax
 from liveavatar_jax.config import DiTConfig, ModelConfig, StreamConfig
 from liveavatar_jax.data.clips import DataConfig, Source
 from liveavatar_jax.data.records import Shapes
-from liveavatar_jax.diffusion.losses import DiffusionForcing
 from train.experiment import Adapters, Distill, Forcing, Schedule, adam
 
 def config():
@@ -53,7 +52,7 @@ def config():
     )
 """
 MORE = {
-    "forcing": "objective=DiffusionForcing(block_frames=1), positions=3,",
+    "forcing": "positions=3,",
     "distill": "critic_optimiser=optax.sgd(1e-2, momentum=0.9), schedule=Schedule(ratio=2),",
 }
 

@@ -122,7 +122,7 @@ def stage_1(row: Row, budget: Budget) -> Forcing:
     return Forcing(
         model=model(**row.stream),
         adapters=None,
-        objective=objective(BLOCK, shift=1.0),
+        objective=objective(shift=1.0),
         optimiser=adam(2e-3, budget.forcing),
         scaffold=False,
         positions=LONG * WORLD.frames,

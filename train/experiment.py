@@ -77,12 +77,6 @@ class Forcing:
             value = getattr(self, name)
             _require(value is None or value >= 1, self, name, "be None or at least 1")
         _require(self.clip is None or self.clip > 0, self, "clip", "be None or above 0")
-        size = getattr(self.objective, "block_frames", self.model.stream.block_frames)
-        if size != self.model.stream.block_frames:
-            raise LiveAvatarError(
-                f"the objective has blocks of {size} latent frames and model.stream.block_frames "
-                f"is {self.model.stream.block_frames}; make them equal"
-            )
         _require(self.average is None or 0 <= self.average < 1, self, "average", "lie in [0, 1)")
         _require(self.data.batch % self.accumulate == 0, self, "accumulate",
                  f"divide data.batch = {self.data.batch}")  # fmt: skip

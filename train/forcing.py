@@ -78,7 +78,7 @@ def loss(
             window=cfg.ring_blocks, position=position, distance=distance, past=past, layout=layout,
         )  # fmt: skip
 
-    return exp.objective(velocity, clean, keys[4])
+    return exp.objective(velocity, clean, keys[4], cfg.block_frames)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -230,9 +230,8 @@ class Run:
             made = multihost_utils.process_allgather(made, tiled=True)
         vae = self._vae  # read by all processes together
         if hosts.is_first():
-            here = Mesh(np.array(jax.local_devices()[:1]), ("device",))
-            with jax.set_mesh(here):
-                first = (np.asarray(x[:1], np.float32) for x in made)
+            first = [np.asarray(x, np.float32)[:1] for x in made]
+            with jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("device",))):
                 watch.sample(step, decoded(vae, *first))
 
     # ---- parts

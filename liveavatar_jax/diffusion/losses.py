@@ -108,30 +108,31 @@ class DiffusionForcing(nnx.Module):
     around the middle of the shifted timesteps.
     """
 
-    def __init__(self, block_frames: int = 3, shift: float = 5.0, bell: bool = True):
-        self.block_frames, self.shift, self.bell = block_frames, shift, bell
+    def __init__(self, shift: float = 5.0, bell: bool = True):
+        self.shift, self.bell = shift, bell
 
     def __call__(
-        self, velocity: Callable[..., Clip], clean: Clip, key: Key[Array, ""]
+        self, velocity: Callable[..., Clip], clean: Clip, key: Key[Array, ""], block_frames: int
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss of `velocity(x, sigma "b f", past)`; `past` is None here."""
-        row, noise = self._draw(clean, key)
+        row, noise = self._draw(clean, key, block_frames)
         levels, weight = (jnp.asarray(table)[row] for table in training_levels(self.shift))
         x = add_noise(clean, noise, _over(levels, clean))
-        error = (_wide(velocity(x, levels, self._past(clean, key))) - target(clean, noise)) ** 2
+        past = self._past(clean, key, block_frames)
+        error = (_wide(velocity(x, levels, past)) - target(clean, noise)) ** 2
         error = jnp.mean(error, axis=(2, 3, 4))
         plain = jnp.mean(error)
         return jnp.mean(weight * error) if self.bell else plain, {"flow_error": plain}
 
-    def _draw(self, clean: Clip, key: Key[Array, ""]) -> tuple[Array, Clip]:
+    def _draw(self, clean: Clip, key: Key[Array, ""], size: int) -> tuple[Array, Clip]:
         b, f = clean.shape[:2]
-        blocks = -(-f // self.block_frames)
+        blocks = -(-f // size)
         keys = jax.random.split(key)
         row = jax.random.randint(keys[0], (b, blocks), 0, TRAIN_STEPS)
-        row = jnp.repeat(row, self.block_frames, axis=1)[:, :f]
+        row = jnp.repeat(row, size, axis=1)[:, :f]
         return row, jax.random.normal(keys[1], clean.shape)
 
-    def _past(self, clean: Clip, key: Key[Array, ""]) -> Clip | None:
+    def _past(self, clean: Clip, key: Key[Array, ""], size: int) -> Clip | None:
         return None
 
 
@@ -139,17 +140,15 @@ class TeacherForcing(DiffusionForcing):
     """Flow matching where each block sees the real ones before it, for a student whose history
     will be clean. `augment` noises them to random levels up to that; the network is told 0."""
 
-    def __init__(
-        self, block_frames: int = 3, shift: float = 5.0, bell: bool = True, augment: float = 0.0
-    ):
-        super().__init__(block_frames, shift, bell)
+    def __init__(self, shift: float = 5.0, bell: bool = True, augment: float = 0.0):
+        super().__init__(shift, bell)
         self.augment = augment
 
-    def _past(self, clean: Clip, key: Key[Array, ""]) -> Clip | None:
+    def _past(self, clean: Clip, key: Key[Array, ""], size: int) -> Clip | None:
         keys = jax.random.split(jax.random.fold_in(key, 1))
         b, f = clean.shape[:2]
-        sigma = jax.random.uniform(keys[0], (b, -(-f // self.block_frames)), maxval=self.augment)
-        sigma = jnp.repeat(sigma, self.block_frames, axis=1)[:, :f]
+        sigma = jax.random.uniform(keys[0], (b, -(-f // size)), maxval=self.augment)
+        sigma = jnp.repeat(sigma, size, axis=1)[:, :f]
         return add_noise(clean, jax.random.normal(keys[1], clean.shape), _over(sigma, clean))
 
 

@@ -21,7 +21,7 @@ class Drawn(DiffusionForcing):
         super().__init__(**how)
         self.row, self.noise = row, noise
 
-    def _draw(self, clean, key):
+    def _draw(self, clean, key, size):
         return self.row, self.noise
 
 
@@ -53,7 +53,7 @@ def test_diffusion_forcing_loss(forward, fixture, bell):
     # that the network gets the x and learns the target of the fixture.
     level = jnp.asarray(schedule["omni.sigmas"])[row][..., None, None, None]
     clean = latents(want["in.x"]) - level * goal
-    objective = Drawn(row, clean + goal, block_frames=want.sidecar["frames_per_block"], bell=bell)
+    objective, frames = Drawn(row, clean + goal, bell=bell), want.sidecar["frames_per_block"]
 
     def velocity(x, sigma, past):
         assert past is None
@@ -61,7 +61,7 @@ def test_diffusion_forcing_loss(forward, fixture, bell):
         np.testing.assert_allclose(1000 * sigma, t, atol=1.5)
         return forward(x)
 
-    loss, metrics = objective(velocity, clean, jax.random.key(0))
+    loss, metrics = objective(velocity, clean, jax.random.key(0), frames)
     np.testing.assert_allclose(metrics["flow_error"], want["loss"][0], rtol=1e-5)
     error = np.asarray(want["velocity.blockwise_t"], np.float64) - want["in.target"][0]
     rows = np.abs(schedule["omni.timesteps"][:, None] - t).argmin(axis=0)
@@ -83,6 +83,6 @@ def test_diffusion_forcing_noises_aims_and_weights_as_the_original(fixture):
         np.testing.assert_allclose(sigma[:, 0], want["omni.query_sigma"], rtol=1e-6, atol=1e-5)
         return jnp.zeros_like(x)
 
-    loss, _ = Drawn(row, noise, block_frames=1)(velocity, clean, jax.random.key(0))
+    loss, _ = Drawn(row, noise)(velocity, clean, jax.random.key(0), 1)
     aim = np.mean(np.asarray(want["omni.target"], np.float64) ** 2)
     np.testing.assert_allclose(loss, np.mean(want["omni.query_weight"]) * aim, rtol=1e-5)
