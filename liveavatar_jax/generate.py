@@ -251,5 +251,7 @@ def _watch(
                 bar.set_postfix_str(f"first frame after {first_frame:.2f} s")
         finished = True
     seconds = time.perf_counter() - begun
+    if video is not None:
+        seen = video.frames  # an interrupt may have come within a block
     out = request.out if video is None else video.path
     return Report(out, seen, seconds, first_frame or seconds, compiling, finished)
