@@ -36,6 +36,8 @@ def prepare(args: argparse.Namespace) -> None:
             f"{asked}: no such device here; install the extra for it "
             "(liveavatar-jax[cuda] or liveavatar-jax[tpu]) or use --device cpu"
         ) from None
+    if len(jax.local_devices()) > 1 and jax.default_backend() == "cpu":
+        return  # where a program that comes from the cache may wait for itself for ever
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(home) / "liveavatar-jax"
     with contextlib.suppress(OSError):  # a read-only home costs compile time, nothing else

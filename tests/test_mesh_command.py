@@ -22,6 +22,8 @@ import numpy as np
 from liveavatar_jax import cli
 from liveavatar_jax.data.video import VideoWriter
 
+SEVERAL_DEVICES = True  # for conftest
+
 seen, write = [], VideoWriter.write
 
 def watched(video, frames):

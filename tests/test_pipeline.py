@@ -22,6 +22,8 @@ from liveavatar_jax.types import LiveAvatarError
 
 from .networks import random
 
+SEVERAL_DEVICES = True  # for conftest
+
 HEIGHT, WIDTH = 6, 10  # latents: 15 patches a frame, which nothing divides
 DIT = DiTConfig.tiny(dim=64, ffn_dim=48, heads=8, layers=2, inject_layers=(1,), audio_layers=3)
 NET = ModelConfig.tiny(dit=DIT, stream=StreamConfig(dtype="float32", audio_past="true"))

@@ -38,6 +38,8 @@ from train.metrics import Finite
 from train.networks import Frozen, initial
 from train.state import accumulate, averaged, begin, learn
 
+SEVERAL_DEVICES = True  # for conftest
+
 # Plain descent with momentum: a state is a sum of gradients, so it shows how exact they are.
 SGD = optax.sgd(0.05, momentum=0.9)
 STREAM = StreamConfig(steps=2, block_frames=1, ring_blocks=2, sink_after=1, dtype="float32")

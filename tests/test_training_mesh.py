@@ -26,6 +26,8 @@ from liveavatar_jax.weights.wan import LORA_TARGETS
 from tests.networks import random
 from tests.processes import run
 
+SEVERAL_DEVICES = True  # for conftest
+
 GIB = 2**30
 
 # ---- sizes

@@ -27,6 +27,8 @@ from liveavatar_jax.data.clips import DataConfig
 from liveavatar_jax.data.records import Shapes
 from train.experiment import Adapters, {kind}, adam
 
+SEVERAL_DEVICES = True  # for conftest
+
 def config():
     rate, sizes = adam(1e-2), dict(layers=2, audio_dim=32, text_dim=48)
     dit = DiTConfig.tiny(dim=32, ffn_dim=32, heads=2, layers=2, inject_layers=(1,), audio_layers=2)
