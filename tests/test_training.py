@@ -49,12 +49,12 @@ DIT = DiTConfig.tiny(
 )  # fmt: skip
 SHAPES = Shapes(f=3, m=19, h=4, w=4, c=16, layers=2, audio_dim=8, text_dim=8, dtype="float32")
 COMMON: dict[str, Any] = {
-    "model": ModelConfig.tiny(dit=DIT, stream=STREAM), "optimiser": SGD, "positions": 3,
+    "model": ModelConfig.tiny(dit=DIT, stream=STREAM), "optimiser": SGD,
     "average": 0.9, "average_from": 1, "clip": None, "synthetic": SHAPES,
 }  # fmt: skip
 # Stage 1 trains whole networks on batches in two parts, stage 2 adapters, on whole batches.
 FORCING = Forcing(
-    **COMMON, adapters=None, objective=DiffusionForcing(), accumulate=2,
+    **COMMON, adapters=None, objective=DiffusionForcing(), accumulate=2, positions=3,
     data=DataConfig(batch=16, text_len=4),
 )  # fmt: skip
 DISTILL = Distill(
