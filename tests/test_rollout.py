@@ -93,7 +93,10 @@ def test_a_rollout_to_the_last_step_is_the_stream(history, past):
 # ---- gradients
 
 
-@pytest.mark.parametrize("history, past, window", [(None, "repeat", 2), (0.4, "true", None)])
+@pytest.mark.parametrize(
+    "history, past, window",
+    [(None, "repeat", 2), pytest.param(0.4, "true", None, marks=pytest.mark.slow)],
+)
 def test_replay_is_the_full_gradient(history, past, window):
     """Of adapters and of all weights together, with the sink renewed on the way."""
     learner, at = student(history=history, audio_past=past), steps(1)

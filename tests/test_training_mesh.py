@@ -228,6 +228,7 @@ ALL = [("data=4", "causal"), ("fsdp=4", "bidirectional"), ("sequence=4", "causal
        ("fsdp=2,sequence=2,tensor=2", "causal")]  # fmt: skip
 
 
+@pytest.mark.slow  # tests/test_training.py has whole steps on meshes
 @pytest.mark.parametrize("text, kind", ALL)
 def test_every_axis_gives_the_same_gradient(small, text: str, kind: str):
     model, factors, batch, exact = small
