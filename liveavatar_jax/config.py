@@ -3,6 +3,7 @@
 A config with no arguments has the published size; `tiny()` makes one for tests and laptops.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -14,7 +15,8 @@ from typing import Any, cast, get_type_hints
 from liveavatar_jax.types import LiveAvatarError
 
 
-def _require(ok: bool, cfg: object, field: str, what: str) -> None:
+def insist(ok: bool, cfg: object, field: str, what: str) -> None:
+    """Raises LiveAvatarError that this field of a config must `what`, unless that is so."""
     if not ok:
         value = getattr(cfg, field)
         raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
@@ -41,17 +43,17 @@ class DiTConfig:
     param_dtype: str = "bfloat16"
 
     def __post_init__(self):
-        _require(self.dim % self.heads == 0, self, "dim", f"divide by heads = {self.heads}")
-        _require(self.head_dim % 2 == 0, self, "dim", "give an even head width dim / heads")
-        _require(self.dim % 4 == 0, self, "dim", "divide by 4 (the global audio branch is dim / 4)")
+        insist(self.dim % self.heads == 0, self, "dim", f"divide by heads = {self.heads}")
+        insist(self.head_dim % 2 == 0, self, "dim", "give an even head width dim / heads")
+        insist(self.dim % 4 == 0, self, "dim", "divide by 4 (the global audio branch is dim / 4)")
         inside = all(0 <= i < self.layers for i in self.inject_layers)
-        _require(inside, self, "inject_layers", f"lie within 0..{self.layers - 1}")
+        insist(inside, self, "inject_layers", f"lie within 0..{self.layers - 1}")
         ascending = list(self.inject_layers) == sorted(set(self.inject_layers))
-        _require(ascending, self, "inject_layers", "ascend without repeats")
+        insist(ascending, self, "inject_layers", "ascend without repeats")
         known = ("auto", "chunked", "cudnn", "pallas")
-        _require(self.attention in known, self, "attention", f"be one of {', '.join(known)}")
+        insist(self.attention in known, self, "attention", f"be one of {', '.join(known)}")
         known = ("none", "dots", "full", "offload")
-        _require(self.remat in known, self, "remat", f"be one of {', '.join(known)}")
+        insist(self.remat in known, self, "remat", f"be one of {', '.join(known)}")
 
     @property
     def head_dim(self) -> int:
@@ -150,20 +152,20 @@ class StreamConfig:
     dtype: str = "bfloat16"  # of latents, activations and caches
 
     def __post_init__(self):
-        _require(self.steps >= 1, self, "steps", "be at least 1")
-        _require(self.shift > 0, self, "shift", "be above 0")
-        _require(self.block_frames >= 1, self, "block_frames", "be at least 1")
-        _require(self.ring_blocks >= 1, self, "ring_blocks", "be at least 1")
+        insist(self.steps >= 1, self, "steps", "be at least 1")
+        insist(self.shift > 0, self, "shift", "be above 0")
+        insist(self.block_frames >= 1, self, "block_frames", "be at least 1")
+        insist(self.ring_blocks >= 1, self, "ring_blocks", "be at least 1")
         level = self.history is None or 0.0 <= self.history < 1.0
-        _require(level, self, "history", "be None or a noise level in [0, 1)")
+        insist(level, self, "history", "be None or a noise level in [0, 1)")
         late = self.sink_after is None or self.sink_after >= 1
-        _require(late, self, "sink_after", "be None or at least 1")
+        insist(late, self, "sink_after", "be None or at least 1")
         near, far = self.distance_range
-        _require(0 <= near <= far <= 30, self, "distance", "lie within 0..30, smaller end first")
+        insist(0 <= near <= far <= 30, self, "distance", "lie within 0..30, smaller end first")
         known = self.audio_past in ("repeat", "true")
-        _require(known, self, "audio_past", 'be "repeat" or "true"')
+        insist(known, self, "audio_past", 'be "repeat" or "true"')
         known = self.dtype in ("float32", "bfloat16")
-        _require(known, self, "dtype", 'be "float32" or "bfloat16"')
+        insist(known, self, "dtype", 'be "float32" or "bfloat16"')
 
     @property
     def rings(self) -> int:
@@ -227,31 +229,42 @@ def change(cfg: Any, changes: Sequence[str]) -> Any:
 
     Raises LiveAvatarError for unknown fields, with the nearest name, and values that do not fit.
     """
+    tree: dict[str, Any] = {}
     for text in changes:
         path, given, value = text.partition("=")
         if not given:
             raise LiveAvatarError(f"--set {text!r} is not understood; write FIELD.FIELD=VALUE")
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
-        except json.JSONDecodeError:
-            pass
-        cfg = _changed(cfg, path.split("."), value, f"--set {path}")
-    return cfg
+        *rooms, field = path.split(".")
+        at = tree
+        for room in rooms:
+            at = at.setdefault(room, {})
+        at[field] = _Leaf(value)
+    return _changed(cfg, tree, "--set ")
 
 
-def _changed(cfg: Any, path: list[str], value: Any, where: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    value: Any
+
+
+def _changed(cfg: Any, tree: dict[str, Any], where: str) -> Any:
+    """All changes of a dataclass at once: one may be right only together with another."""
     if not dataclasses.is_dataclass(cfg):
-        raise LiveAvatarError(f"{where}: {path[0]!r} is below {cfg!r}, which has no fields")
-    hints, (name, *rest) = get_type_hints(type(cfg)), path
-    if name not in hints:
-        near = difflib.get_close_matches(name, hints, 1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(hints)}"
-        raise LiveAvatarError(f"{where}: {type(cfg).__name__} has no field {name!r}{hint}")
-    if rest:
-        value = _changed(getattr(cfg, name), rest, value, where)
-    else:
-        value = _coerce(hints[name], value, where)
-    return dataclasses.replace(cast(Any, cfg), **{name: value})
+        raise LiveAvatarError(f"{where}{next(iter(tree))} is below {cfg!r}, which has no fields")
+    hints, new = get_type_hints(type(cfg)), {}
+    for name, value in tree.items():
+        path = where + name
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(hints)}"
+            raise LiveAvatarError(f"{path}: {type(cfg).__name__} has no field {name!r}{hint}")
+        if isinstance(value, _Leaf):
+            new[name] = _coerce(hints[name], value.value, path)
+        else:
+            new[name] = _changed(getattr(cfg, name), value, f"{path}.")
+    return dataclasses.replace(cast(Any, cfg), **new)
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from liveavatar_jax.config import DiTConfig, ModelConfig, StreamConfig, from_dict, to_dict
+from liveavatar_jax.config import DiTConfig, ModelConfig, StreamConfig, change, from_dict, to_dict
 from liveavatar_jax.types import LiveAvatarError
 
 
@@ -43,3 +43,11 @@ def test_impossible_networks_are_refused_by_field(field, value):
 def test_impossible_policies_are_refused_by_field(changes):
     with pytest.raises(LiveAvatarError, match="StreamConfig." + next(iter(changes))):
         StreamConfig(**changes)
+
+
+def test_changes_that_belong_together_are_made_together():
+    """A width that 40 heads do not divide, with the heads that do."""
+    cfg = change(ModelConfig(), ["dit.dim=6144", "dit.heads=48"])
+    assert (cfg.dit.dim, cfg.dit.heads) == (6144, 48)
+    with pytest.raises(LiveAvatarError, match=r"--set dit\.haeds: .* did you mean 'heads'"):
+        change(ModelConfig(), ["dit.haeds=48"])

@@ -7,13 +7,12 @@ from typing import Any
 import optax
 from flax import nnx
 
-from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.config import ModelConfig, insist
 from liveavatar_jax.data.clips import DataConfig
 from liveavatar_jax.data.records import Shapes
 from liveavatar_jax.diffusion.losses import DMD, Critic, DiffusionForcing
 from liveavatar_jax.diffusion.rollout import Policy
 from liveavatar_jax.parallel.mesh import TrainMesh
-from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.wan import LORA_TARGETS
 
 
@@ -71,14 +70,14 @@ class Forcing:
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "save_every", "keep"):
-            _require(getattr(self, name) >= 1, self, name, "be at least 1")
-        _require(self.positions >= 0, self, "positions", "be at least 0")
+            insist(getattr(self, name) >= 1, self, name, "be at least 1")
+        insist(self.positions >= 0, self, "positions", "be at least 0")
         for name in ("sample_every", "keep_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, self, name, "be None or at least 1")
-        _require(self.clip is None or self.clip > 0, self, "clip", "be None or above 0")
-        _require(self.average is None or 0 <= self.average < 1, self, "average", "lie in [0, 1)")
-        _require(self.data.batch % self.accumulate == 0, self, "accumulate",
+            insist(value is None or value >= 1, self, name, "be None or at least 1")
+        insist(self.clip is None or self.clip > 0, self, "clip", "be None or above 0")
+        insist(self.average is None or 0 <= self.average < 1, self, "average", "lie in [0, 1)")
+        insist(self.data.batch % self.accumulate == 0, self, "accumulate",
                  f"divide data.batch = {self.data.batch}")  # fmt: skip
 
 
@@ -95,9 +94,9 @@ class Schedule:
     first: str = "student"
 
     def __post_init__(self):
-        _require(self.ratio >= 1, self, "ratio", "be at least 1")
-        _require(self.first in ("student", "critic"), self, "first", "be student or critic")
-        _require(not self.alone or self.ratio > 1, self, "ratio", "be above 1 with alone")
+        insist(self.ratio >= 1, self, "ratio", "be at least 1")
+        insist(self.first in ("student", "critic"), self, "first", "be student or critic")
+        insist(not self.alone or self.ratio > 1, self, "ratio", "be above 1 with alone")
 
     def sides(self, step: int) -> tuple[str, ...]:
         """Who learns in step 0, 1, ..."""
@@ -138,16 +137,10 @@ class Distill(Forcing):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.positions == 0, self, "positions", "be 0 in stage 2; set policy.positions")
+        insist(self.positions == 0, self, "positions", "be 0 in stage 2; set policy.positions")
         for name in ("blocks", "window", "discriminator"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, self, name, "be None or at least 1")
+            insist(value is None or value >= 1, self, name, "be None or at least 1")
         if self.blocks is not None and self.window is not None:
-            _require(self.window <= self.blocks, self, "window", f"be at most {self.blocks}")
-        _require(not self.vary or self.window is not None, self, "window", "be given with vary")
-
-
-def _require(ok: bool, cfg: object, field: str, what: str) -> None:
-    if not ok:
-        value = getattr(cfg, field)
-        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
+            insist(self.window <= self.blocks, self, "window", f"be at most {self.blocks}")
+        insist(not self.vary or self.window is not None, self, "window", "be given with vary")

@@ -26,6 +26,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from liveavatar_jax.config import insist
 from liveavatar_jax.data.records import (
     SUFFIX,
     BrokenRecord,
@@ -67,21 +68,15 @@ class DataConfig:
 
     def __post_init__(self):
         for name in ("batch", "text_len", "threads", "ahead"):
-            _require(getattr(self, name) >= 1, self, name, "be at least 1")
+            insist(getattr(self, name) >= 1, self, name, "be at least 1")
         for name in ("drop_audio", "drop_text", "drop_motion", "broken_share"):
-            _require(0 <= getattr(self, name) <= 1, self, name, "lie within 0..1")
-        _require(0 <= self.seed < 2**32, self, "seed", f"lie within 0..{2**32 - 1}")
+            insist(0 <= getattr(self, name) <= 1, self, name, "lie within 0..1")
+        insist(0 <= self.seed < 2**32, self, "seed", f"lie within 0..{2**32 - 1}")
         known = self.reference in ("first", "random")
-        _require(known, self, "reference", 'be "first" or "random"')
+        insist(known, self, "reference", 'be "first" or "random"')
         for source in self.sources:
             ok = math.isfinite(source.weight) and source.weight > 0
-            _require(ok, source, "weight", "be above 0; leave a source out that is not wanted")
-
-
-def _require(ok: bool, cfg: object, field: str, what: str) -> None:
-    if not ok:
-        value = getattr(cfg, field)
-        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
+            insist(ok, source, "weight", "be above 0; leave a source out that is not wanted")
 
 
 class Report:

@@ -19,6 +19,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from PIL import Image
 
+from liveavatar_jax.config import insist
 from liveavatar_jax.data.audio import SAMPLE_RATE, read_audio
 from liveavatar_jax.data.records import FPS, PER_LATENT, reason
 from liveavatar_jax.types import LiveAvatarError
@@ -52,11 +53,11 @@ class WindowConfig:
     def __post_init__(self):
         for name in ("height", "width"):
             value = getattr(self, name)
-            _require(value > 0 and value % CELL == 0, self, name, f"be a multiple of {CELL}")
+            insist(value > 0 and value % CELL == 0, self, name, f"be a multiple of {CELL}")
         for name in ("latents", "stride", "windows", "references"):
-            _require(getattr(self, name) >= 1, self, name, "be at least 1")
-        _require(0 <= self.least_past <= PAST, self, "least_past", f"lie within 0..{PAST}")
-        _require(self.longest * FPS >= self.needed, self, "longest", "be as long as one window")
+            insist(getattr(self, name) >= 1, self, name, "be at least 1")
+        insist(0 <= self.least_past <= PAST, self, "least_past", f"lie within 0..{PAST}")
+        insist(self.longest * FPS >= self.needed, self, "longest", "be as long as one window")
 
     @property
     def frames(self) -> int:
@@ -72,12 +73,6 @@ class WindowConfig:
     def needed(self) -> int:
         """Video frames of the shortest clip that gives a window."""
         return self.least_past + self.frames
-
-
-def _require(ok: bool, cfg: object, field: str, what: str) -> None:
-    if not ok:
-        value = getattr(cfg, field)
-        raise LiveAvatarError(f"{type(cfg).__name__}.{field} = {value!r} must {what}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,11 +62,6 @@ TRAINING: Table = (
     # 0.05 % of the weights, which would be gathered in every layer
     (r"bias|scale|modulation|type_embedding|layer_weights|pad_token", ()),
 )
-# What a rollout carries along; rows of the batch stand before the heads.
-MEMORY: Table = (
-    (r"(ring|sink)\.[kv]", (ROWS, HEADS, None, None)),
-    (r"text\.[kv]", (ROWS, TENSOR, None, None)),
-)
 
 
 def of_decoder(rows: int, width: int, devices: int) -> Table:
@@ -96,16 +91,6 @@ def shardings(tree: Any, table: Table, mesh: jax.sharding.Mesh, lead: tuple[Axis
         return NamedSharding(mesh, spec)
 
     return replace(tree, {path: place(path, leaf) for path, leaf in leaves(tree).items()})
-
-
-def constrain(tree: Any, table: Table) -> Any:
-    """Within a compiled function, under `jax.set_mesh`: pins every leaf that the table names."""
-
-    def pin(path: str, leaf: Array) -> Array:
-        spec = spec_of(path, leaf.ndim, table)
-        return leaf if spec is None else jax.lax.with_sharding_constraint(leaf, spec)
-
-    return replace(tree, {path: pin(path, leaf) for path, leaf in leaves(tree).items()})
 
 
 def trained(tree: Any, mesh: jax.sharding.Mesh) -> Any:
