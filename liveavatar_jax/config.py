@@ -12,6 +12,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, cast, get_type_hints
 
+import numpy as np
+
 from liveavatar_jax.types import LiveAvatarError
 
 
@@ -137,6 +139,65 @@ class SpeechConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MelConfig:
+    """Log-mel features in the place of a speech encoder, see models/mel.py.
+
+    A video frame sees `layers` spectra, 10 ms apart, of which `ahead` come after its end. They
+    stand beside each other on the axis that the DiT averages over; `flat` puts them into the
+    width instead, so that they stay apart.
+
+    The defaults have the shape of DiTConfig.tiny's audio: 25 spectra of 32 bands. Eight of
+    them lie ahead, which costs 80 ms of delay.
+    """
+
+    bins: int = 32
+    layers: int = 25
+    ahead: int = 8
+    lowest: float = 60.0  # Hz
+    highest: float = 7600.0
+    flat: bool = False
+
+    HOP = 160  # samples at 16 kHz from one spectrum to the next: 100 Hz
+    SIZE = 400  # samples of one spectrum
+    PER_FRAME = 4  # spectra of one video frame: 640 samples at 25 fps
+
+    def __post_init__(self):
+        inside = 0 <= self.ahead <= self.layers - self.PER_FRAME
+        insist(inside, self, "ahead", f"lie within 0..layers - {self.PER_FRAME}")
+        audible = 0 <= self.lowest < self.highest <= 8000
+        insist(audible, self, "highest", f"lie between lowest = {self.lowest} and 8000 Hz")
+        apart = self.bins >= 1 and self._bands_have_frequencies()
+        insist(apart, self, "bins", "be at least 1 and leave every band a frequency of its own; "
+               "take fewer, or a higher MelConfig.lowest")  # fmt: skip
+
+    def edges(self) -> np.ndarray:
+        """Hz, [bins + 2], equally far apart in mel: band i lies between edges i and i + 2."""
+        mel = lambda hertz: 2595 * np.log10(1 + hertz / 700)
+        edges = np.linspace(mel(self.lowest), mel(self.highest), self.bins + 2)
+        return 700 * (10 ** (edges / 2595) - 1)
+
+    def _bands_have_frequencies(self) -> bool:
+        at = self.edges() * self.SIZE / 16_000  # in steps of the spectrum
+        return bool((np.floor(at[:-2]) + 1 < at[2:]).all())
+
+    @property
+    def made(self) -> tuple[int, int]:
+        """DiTConfig.audio_layers and audio_dim that fit."""
+        return (1, self.layers * self.bins) if self.flat else (self.layers, self.bins)
+
+    @property
+    def past(self) -> int:
+        """Samples before the first video frame that it is made of."""
+        spectra = self.layers - self.PER_FRAME - self.ahead
+        return spectra * self.HOP + self.SIZE - self.HOP
+
+    @property
+    def future(self) -> int:
+        """Samples after the last video frame that it is made of."""
+        return self.ahead * self.HOP
+
+
+@dataclasses.dataclass(frozen=True)
 class StreamConfig:
     """How blocks follow each other; the defaults are those of the released multi-GPU code."""
 
@@ -186,12 +247,28 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     speech: SpeechConfig = SpeechConfig()
     stream: StreamConfig = StreamConfig()
+    mel: MelConfig | None = None  # heard in the place of the speech encoder
+
+    def __post_init__(self):
+        if self.mel is not None and self.mel.made != self._heard:
+            layers, dim = self.mel.made
+            raise LiveAvatarError(
+                f"ModelConfig.mel makes {layers} x {dim} features of a frame, the DiT hears "
+                f"{self.dit.audio_layers} x {self.dit.audio_dim}; set dit.audio_layers = {layers} "
+                f"and dit.audio_dim = {dim}"
+            )
 
     @property
-    def speech_fits(self) -> bool:
-        """Whether the speech encoder makes what the DiT hears; else log-mel features do."""
-        made = (self.speech.layers + 1, self.speech.dim)
-        return made == (self.dit.audio_layers, self.dit.audio_dim)
+    def _heard(self) -> tuple[int, int]:
+        return self.dit.audio_layers, self.dit.audio_dim
+
+    @property
+    def log_mel(self) -> MelConfig | None:
+        """What is heard in the place of the speech encoder: `mel`, or log-mel features of the
+        DiT's shape where the speech encoder has another; None: the encoder is heard."""
+        if self.mel is not None or (self.speech.layers + 1, self.speech.dim) == self._heard:
+            return self.mel
+        return MelConfig(bins=self.dit.audio_dim, layers=self.dit.audio_layers)
 
     @classmethod
     def tiny(cls, **changes: Any) -> "ModelConfig":
@@ -273,7 +350,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is types.NoneType and value is None:
         return value
     if isinstance(hint, types.UnionType):
-        for option in typing.get_args(hint):
+        options = typing.get_args(hint)
+        configs = [option for option in options if dataclasses.is_dataclass(option)]
+        if isinstance(value, dict) and len(configs) == 1:  # an error is about its own fields
+            return _coerce(configs[0], value, where)
+        for option in options:
             try:
                 return _coerce(option, value, where)
             except LiveAvatarError:

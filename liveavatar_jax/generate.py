@@ -22,7 +22,6 @@ from liveavatar_jax.data.audio import SAMPLE_RATE, read_audio
 from liveavatar_jax.data.image import Fit, load_portrait, to_pixels
 from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.data.video import VideoWriter
-from liveavatar_jax.models.mel import MelConfig
 from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.parallel import hosts
 from liveavatar_jax.parallel.mesh import MeshSpec, make
@@ -171,14 +170,13 @@ def encode_prompt(folder: Path, cfg: ModelConfig, prompt: str | None) -> Float[A
 
 def ear(folder: Path, cfg: ModelConfig) -> tuple[speech.Encode, speech.SpeechWindow, float]:
     """What hears for this model, for `speech.file_features`, and what silence sounds like to it:
-    the speech encoder, or log-mel features where that does not fit the DiT."""
-    if cfg.speech_fits:
+    the speech encoder, or log-mel features in its place."""
+    if (mel := cfg.log_mel) is None:
         # On the last device: the first one is the most in demand where there are several.
         encoder: SpeechEncoder = jax.device_put(load(folder, "speech"), jax.local_devices()[-1])
         window = speech.SpeechWindow.for_files()
         encode, silence = functools.partial(jax.jit(window_features), encoder), 0.0
     else:
-        mel = MelConfig(cfg.dit.audio_dim, cfg.dit.audio_layers)
         window = speech.mel_window(mel)
         encode, silence = jax.jit(speech.mel_encode(mel, window)), -1.0
 

@@ -1,19 +1,22 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from liveavatar_jax.config import DiTConfig
+from liveavatar_jax.config import DiTConfig, MelConfig, ModelConfig, from_dict, to_dict
 from liveavatar_jax.data import speech
-from liveavatar_jax.models.mel import MelConfig, log_mel
+from liveavatar_jax.models.mel import log_mel
 from liveavatar_jax.types import LiveAvatarError
 
 MEL = MelConfig()
+FLAT = MelConfig(bins=40, layers=16, ahead=12, flat=True)
 FRAME = 640  # samples of a video frame
 
 
-def padded(waveform):
-    return jnp.asarray(np.pad(waveform, (MEL.past, MEL.future)).astype(np.float32))[None]
+def padded(waveform, cfg=MEL):
+    return jnp.asarray(np.pad(waveform, (cfg.past, cfg.future)).astype(np.float32))[None]
 
 
 def tone(hertz, samples=FRAME * 20, loudness=1.0):
@@ -38,15 +41,16 @@ def test_any_cutting_into_windows_gives_equal_features():
     assert step._cache_size() == 1
 
 
-def test_files_and_streams_give_the_same_features_in_any_pieces():
+@pytest.mark.parametrize("cfg", [MEL, FLAT], ids=["layers", "flat"])
+def test_files_and_streams_give_the_same_features_in_any_pieces(cfg):
     waveform = (np.random.default_rng(0).normal(size=50000) * 0.1).astype(np.float32)
     blocks = speech.block_count(len(waveform))
     silent = np.zeros(12 * FRAME * blocks - len(waveform) + 7680, np.float32)
-    want = log_mel(padded(np.concatenate([waveform, silent])), MEL)[0, : 12 * blocks]
+    want = log_mel(padded(np.concatenate([waveform, silent]), cfg), cfg)[0, : 12 * blocks]
     moments = speech.Moments.of([waveform])
     for hop in (1, 3):
-        window = speech.mel_window(MEL, hop)
-        encode = jax.jit(speech.mel_encode(MEL, window))
+        window = speech.mel_window(cfg, hop)
+        encode = jax.jit(speech.mel_encode(cfg, window))
         chunks = np.array_split(waveform, 13)
         file = np.concatenate(list(speech.file_features(encode, chunks, moments, window)))
         np.testing.assert_allclose(file, want, rtol=1e-4, atol=1e-4)
@@ -62,6 +66,7 @@ def test_files_and_streams_give_the_same_features_in_any_pieces():
 
 def test_the_stream_waits_for_no_more_than_the_look_ahead():
     assert speech.mel_window(MEL).ahead == MEL.future == 1280
+    assert speech.mel_window(FLAT).ahead == FLAT.future == 1920
 
 
 def test_a_frame_depends_on_its_stated_samples_alone():
@@ -80,6 +85,27 @@ def test_a_frame_depends_on_its_stated_samples_alone():
 def test_layers_are_ten_milliseconds_apart():
     features = log_mel(padded(np.random.default_rng(0).normal(size=FRAME * 20) * 0.1), MEL)[0]
     np.testing.assert_array_equal(features[10, 4:], features[11, :-4])
+
+
+def test_flat_features_are_the_layers_beside_each_other():
+    x = padded(np.random.default_rng(0).normal(size=FRAME * 20) * 0.1, FLAT)
+    flat = log_mel(x, FLAT)[0]
+    layers = log_mel(x, dataclasses.replace(FLAT, flat=False))[0]
+    assert flat.shape == (20, *FLAT.made) == (20, 1, 640)
+    np.testing.assert_array_equal(flat.reshape(layers.shape), layers)
+    np.testing.assert_array_equal(flat[10, 0, 160:], flat[11, 0, :-160])  # 40 ms later
+
+
+def test_a_model_hears_what_fits_its_dit():
+    dit = DiTConfig.tiny(audio_layers=1, audio_dim=640)
+    cfg = ModelConfig.tiny(dit=dit, mel=FLAT)
+    assert cfg.log_mel == FLAT and from_dict(ModelConfig, to_dict(cfg)) == cfg
+    assert ModelConfig.tiny().log_mel is None  # its speech encoder fits
+    assert ModelConfig.tiny(dit=DiTConfig.tiny(audio_layers=16)).log_mel == MelConfig(layers=16)
+    with pytest.raises(LiveAvatarError, match="audio_dim = 640"):
+        ModelConfig.tiny(mel=FLAT)
+    with pytest.raises(LiveAvatarError, match=r"ModelConfig\.mel has no field 'bin'"):
+        from_dict(ModelConfig, {"mel": {"bin": 40}})
 
 
 def test_a_tone_rings_in_the_band_of_its_pitch():
@@ -117,7 +143,10 @@ def test_the_first_frame_hears_the_recording_from_its_first_sample():
     assert heard[first + 1] and not heard[:first].any()
 
 
-@pytest.mark.parametrize("field, value", [("ahead", 22), ("ahead", -1), ("bins", 0), ("bins", 200)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("ahead", 22), ("ahead", -1), ("bins", 0), ("bins", 200), ("highest", 9000.0)],
+)
 def test_settings_that_cannot_work_are_refused(field, value):
     with pytest.raises(LiveAvatarError, match=f"MelConfig.{field} = {value} "):
         MelConfig(**{field: value})

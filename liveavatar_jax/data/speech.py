@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from liveavatar_jax.models.mel import MelConfig, log_mel
+from liveavatar_jax.config import MelConfig
+from liveavatar_jax.models.mel import log_mel
 from liveavatar_jax.models.speech import Hop, at_video_rate
 from liveavatar_jax.types import LiveAvatarError
 
