@@ -79,16 +79,72 @@ class DiTConfig:
         return dataclasses.replace(small, **changes)
 
 
+# Published statistics of the 16 latent channels of Wan2.1's VAE.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The causal 3-D VAE of Wan2.1: 4 frames and 8×8 pixels to one latent position."""
+    """The causal 3-D VAE of Wan2.1: 4 frames and 8×8 pixels to one latent position.
+
+    Small ones differ by `patch`, pixels that become one position before the first convolution;
+    by levels between which time is halved but space is not; by levels whose convolutions see one
+    frame; and by `thumbnail`, the mean colours of a latent's pixels in its first three channels.
+    """
 
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2
     time_down: tuple[bool, ...] = (False, True, True)
+    space_down: tuple[bool, ...] | None = None  # None: between all levels
+    time_taps: tuple[int, ...] | None = None  # frames that residuals see, 3 or 1; None: 3 each
+    patch: int = 1
+    thumbnail: bool = False
+    latent_mean: tuple[float, ...] = LATENT_MEAN
+    latent_std: tuple[float, ...] = LATENT_STD
     param_dtype: str = "float32"
+
+    def __post_init__(self):
+        levels = len(self.dim_mult)
+        for name, length, source in (
+            ("time_down", levels - 1, "dim_mult"),
+            ("space_down", levels - 1, "dim_mult"),
+            ("time_taps", levels, "dim_mult"),
+            ("latent_mean", self.z_dim, "z_dim"),
+            ("latent_std", self.z_dim, "z_dim"),
+        ):
+            value = getattr(self, name)
+            ok = value is None or len(value) == length
+            insist(ok, self, name, f"have {length} entries, as {source} = {getattr(self, source)}")
+        insist(set(self.taps) <= {1, 3}, self, "time_taps", "be 1 or 3 each")
+        insist(self.patch >= 1, self, "patch", "be at least 1")
+        insist(self.z_dim >= 3 or not self.thumbnail, self, "z_dim", "be 3 or more for a thumbnail")
+
+    @property
+    def halved(self) -> tuple[bool, ...]:
+        """Whether rows and columns are halved, between each two levels."""
+        return self.space_down or (True,) * (len(self.dim_mult) - 1)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Frames that residuals see, level by level."""
+        return self.time_taps or (3,) * len(self.dim_mult)
+
+    @property
+    def frames_per_latent(self) -> int:
+        return 2 ** sum(self.time_down)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return self.patch * 2 ** sum(self.halved)
 
     @classmethod
     def tiny(cls, **changes: Any) -> "VAEConfig":

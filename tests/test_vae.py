@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.config import LATENT_MEAN, VAEConfig
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
-from liveavatar_jax.models.vae import LATENT_MEAN, VAE, CausalConv, denormalise, normalise
+from liveavatar_jax.models.vae import VAE, CausalConv, denormalise, normalise
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.rules import export, load
 from liveavatar_jax.weights.vae import VAE_RULES, vae_config
@@ -21,9 +21,21 @@ encode = jax.jit(lambda vae, video, cache: vae.encode(video, cache))
 decode = jax.jit(lambda vae, latents, cache: vae.decode(latents, cache))
 
 
+# As small presets have it: 4 frames and 4×4 pixels a latent, space halved once, time twice.
+PATCHED = VAEConfig(
+    dim=4, dim_mult=(1, 2, 2), res_blocks=1, time_down=(True, True), space_down=(True, False),
+    time_taps=(1, 3, 3), patch=2, thumbnail=True,
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def vae():
     return random(lambda: VAE(SMALL, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def patched():
+    return random(lambda: VAE(PATCHED, rngs=nnx.Rngs(0)))
 
 
 def noise(*shape, key=0):
@@ -144,7 +156,7 @@ def test_results_and_caches_take_the_dtype_of_the_input(vae):
 
 def test_normalise_and_denormalise_are_inverse():
     latents = noise(2, 3, 4, 5, Z)
-    assert_close(normalise(denormalise(latents)), latents)
+    assert_close(normalise(denormalise(latents, SMALL), SMALL), latents)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 8, 10, 3), (1, 1, 12, 20, 4), (1, 3, 12, 20, 3)])
@@ -178,6 +190,27 @@ def test_cache_of_the_encoder_is_refused_by_the_decoder(vae):
         vae.decode(jnp.zeros((1, 1, 12, 20, Z)), cache)
 
 
+def test_small_forms_stream_as_the_published_one_does(patched):
+    video, latents = noise(1, 9, 12, 20, 3), noise(1, 3, 3, 5, Z)
+    whole = in_calls(encode, patched, video, [9])
+    assert whole.shape == (1, 3, 3, 5, Z)
+    assert_close(in_calls(encode, patched, video, (1, 4, 4)), whole)
+    frames = in_calls(decode, patched, latents, [3])
+    assert frames.shape == (1, 9, 12, 20, 3)
+    assert_close(in_calls(decode, patched, latents, (1, 2)), frames)
+
+
+def test_a_thumbnail_carries_colours_past_all_weights(patched):
+    """With weights of zero, the mean colour of every cell comes back."""
+    bare = jax.tree.map(jnp.zeros_like, patched)
+    tones = jnp.repeat(noise(1, 1, 1, 1, 3), 5, axis=1) * 0.1
+    moments, _ = bare.posterior(jnp.broadcast_to(tones, (1, 5, 4, 4, 3)))
+    np.testing.assert_allclose(moments[0, :, 0, 0, :3], tones[0, :2, 0, 0], atol=1e-6)
+    assert not moments[..., 3:].any()
+    frames, _ = bare.decode(normalise(moments[..., :Z], PATCHED))
+    np.testing.assert_allclose(frames, jnp.broadcast_to(tones, frames.shape), atol=1e-5)
+
+
 def test_initial_weights_keep_the_scale_of_what_passes():
     conv = CausalConv(SMALL, 16, 24, rngs=nnx.Rngs(0))
     kernel, bias = conv.kernel[...], conv.bias[...]
@@ -185,9 +218,14 @@ def test_initial_weights_keep_the_scale_of_what_passes():
     assert not bias.any()
 
 
-def test_unpublished_number_of_channels_is_refused():
-    with pytest.raises(LiveAvatarError, match="z_dim = 8"):
-        VAE(VAEConfig.tiny(z_dim=8), rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("wrong, words", [
+    ({"z_dim": 8}, "latent_mean = .* have 8 entries, as z_dim = 8"),
+    ({"dim_mult": (1, 2)}, "time_down = .* have 1 entries"),
+    ({"time_taps": (1, 2, 3, 3)}, "time_taps = .* be 1 or 3 each"),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_itself_is_refused(wrong, words):
+    with pytest.raises(LiveAvatarError, match=words):
+        VAEConfig.tiny(**wrong)
 
 
 def test_a_file_names_its_config_and_fills_every_weight(vae):

@@ -9,23 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
 from liveavatar_jax.models.layers import Linear, along_last
 from liveavatar_jax.types import Array, Float, LiveAvatarError, struct
-
-# Published statistics of the 16 latent channels.
-LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
 
 Tail = Any  # what one layer keeps: arrays of frames; None before the first frame of a video
 
@@ -57,13 +47,16 @@ class Conv(nnx.Module):
 
 
 class CausalConv(Conv):
-    """A convolution over the current frame and the two before it, zeros before the first."""
+    """A convolution over the current frame and the two before it, zeros before the first; with a
+    window of one frame, over that alone."""
 
     def __init__(self, cfg: VAEConfig, c: int, out: int, window=(3, 3, 3), *, rngs: nnx.Rngs):
         super().__init__(cfg, c, out, window, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         kernel = self.kernel[...]
+        if len(kernel) == 1:
+            return self.shift(conv2d(x, kernel[0])), ()
         if tail is None:  # one frame: the zeros before it leave one tap of three
             return self.shift(conv2d(x, kernel[-1])), jnp.concatenate([jnp.zeros_like(x), x], 1)
         x = jnp.concatenate([tail, x], axis=1)
@@ -87,11 +80,11 @@ class Norm(nnx.Module):
 class Residual(nnx.Module):
     """Twice norm, SiLU, causal convolution; the input is added, through 1×1×1 if it is narrower."""
 
-    def __init__(self, cfg: VAEConfig, c: int, out: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, c: int, out: int, taps: int = 3, *, rngs: nnx.Rngs):
         self.norm1 = Norm(cfg, c, rngs=rngs)
-        self.conv1 = CausalConv(cfg, c, out, rngs=rngs)
+        self.conv1 = CausalConv(cfg, c, out, (taps, 3, 3), rngs=rngs)
         self.norm2 = Norm(cfg, out, rngs=rngs)
-        self.conv2 = CausalConv(cfg, out, out, rngs=rngs)
+        self.conv2 = CausalConv(cfg, out, out, (taps, 3, 3), rngs=rngs)
         self.shortcut = Linear(c, out, cfg.param_dtype, rngs=rngs) if c != out else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
@@ -119,15 +112,16 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns, then, where `time` says so, the frames."""
+    """Halves rows and columns where `space` says so, then the frames where `time` does."""
 
-    def __init__(self, cfg: VAEConfig, c: int, time: bool, *, rngs: nnx.Rngs):
-        self.conv = Conv(cfg, c, c, (3, 3), rngs=rngs)
+    def __init__(self, cfg: VAEConfig, c: int, space: bool, time: bool, *, rngs: nnx.Rngs):
+        self.conv = Conv(cfg, c, c, (3, 3), rngs=rngs) if space else None
         self.time_conv = Conv(cfg, c, c, (3,), rngs=rngs) if time else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        x = conv2d(x, self.conv.kernel[...], stride=2, pad=((0, 1), (0, 1)))
-        x = self.conv.shift(x)
+        if self.conv is not None:
+            x = conv2d(x, self.conv.kernel[...], stride=2, pad=((0, 1), (0, 1)))
+            x = self.conv.shift(x)
         return (x, ()) if self.time_conv is None else self._halve(self.time_conv, x, tail)
 
     def _halve(self, conv: Conv, x, last):
@@ -141,14 +135,17 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles the frames where `time` says so, then rows and columns, and halves the channels."""
+    """Doubles the frames where `time` says so, then, where `space` does, rows and columns, which
+    halves the channels."""
 
-    def __init__(self, cfg: VAEConfig, c: int, time: bool, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, c: int, space: bool, time: bool, *, rngs: nnx.Rngs):
         self.time_conv = CausalConv(cfg, c, 2 * c, (3, 1, 1), rngs=rngs) if time else None
-        self.conv = Conv(cfg, c, c // 2, (3, 3), rngs=rngs)
+        self.conv = Conv(cfg, c, c // 2, (3, 3), rngs=rngs) if space else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         x, tail = (x, ()) if self.time_conv is None else self._double(self.time_conv, x, tail)
+        if self.conv is None:
+            return x, tail
         return self.conv.shift(conv2d_doubled(x, self.conv.kernel[...])), tail
 
     def _double(self, conv: CausalConv, x, tail):
@@ -183,11 +180,12 @@ class Encoder(nnx.Module):
         c, down = cfg.dim, []
         for level, out in enumerate(widths):
             for _ in range(cfg.res_blocks):
-                down.append(Residual(cfg, c, out, rngs=rngs))
+                down.append(Residual(cfg, c, out, cfg.taps[level], rngs=rngs))
                 c = out
             if level < len(widths) - 1:
-                down.append(Downsample(cfg, c, cfg.time_down[level], rngs=rngs))
-        self.conv_in = CausalConv(cfg, 3, cfg.dim, rngs=rngs)
+                parts = (cfg.halved[level], cfg.time_down[level])
+                down.append(Downsample(cfg, c, *parts, rngs=rngs))
+        self.conv_in = CausalConv(cfg, 3 * cfg.patch**2, cfg.dim, rngs=rngs)
         self.down = nnx.List(down)
         self.middle = nnx.List(middle(cfg, c, rngs=rngs))
         self.head = Head(cfg, c, 2 * cfg.z_dim, rngs=rngs)
@@ -207,13 +205,14 @@ class Decoder(nnx.Module):
         self.middle = nnx.List(middle(cfg, c, rngs=rngs))
         for level, out in enumerate(widths):
             for _ in range(cfg.res_blocks + 1):
-                up.append(Residual(cfg, c, out, rngs=rngs))
+                up.append(Residual(cfg, c, out, cfg.taps[-1 - level], rngs=rngs))
                 c = out
             if level < len(widths) - 1:
-                up.append(Upsample(cfg, c, cfg.time_down[-1 - level], rngs=rngs))
-                c //= 2
+                parts = (cfg.halved[-1 - level], cfg.time_down[-1 - level])
+                up.append(Upsample(cfg, c, *parts, rngs=rngs))
+                c //= 1 + parts[0]
         self.up = nnx.List(up)
-        self.head = Head(cfg, c, 3, rngs=rngs)
+        self.head = Head(cfg, c, 3 * cfg.patch**2, rngs=rngs)
 
     @property
     def layers(self) -> list:
@@ -227,13 +226,7 @@ class VAE(nnx.Module):
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        if cfg.z_dim != len(LATENT_MEAN):
-            raise LiveAvatarError(
-                f"VAEConfig.z_dim = {cfg.z_dim} must be {len(LATENT_MEAN)}, the number of channels "
-                "whose statistics are published"
-            )
-        self.frames_per_latent = 2 ** sum(cfg.time_down)
-        self.pixels_per_latent = 2 ** (len(cfg.dim_mult) - 1)
+        self.cfg = cfg
         self.encoder = Encoder(cfg, rngs=rngs)
         self.to_moments = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
@@ -250,9 +243,19 @@ class VAE(nnx.Module):
 
         Raises LiveAvatarError when a size does not fit, or the cache is of another video.
         """
-        self._check_video(video, begins=cache is None)
-        _check_cache(cache, video, "encode")
-        return _stream(self._encode_group, video, cache, self.frames_per_latent)
+
+        def latents(frames, cache):
+            moments, cache = self._moments(frames, cache)
+            mean, _ = jnp.split(moments, 2, axis=-1)
+            return normalise(mean, self.cfg), cache
+
+        return self._encoded(latents, video, cache)
+
+    def posterior(
+        self, video: Float[Array, "b F H W _"], cache: FeatureCache | None = None
+    ) -> tuple[Float[Array, "b f h w cc"], FeatureCache]:
+        """What `encode` makes latents of: mean and log-variance, one after the other in c."""
+        return self._encoded(self._moments, video, cache)
 
     def decode(
         self, latents: Float[Array, "b f h w c"], cache: FeatureCache | None = None
@@ -266,51 +269,78 @@ class VAE(nnx.Module):
         Raises LiveAvatarError when there is no latent, it has not the published channels, or the
         cache is of another video.
         """
-        if latents.shape[1] < 1 or latents.shape[-1] != len(LATENT_MEAN):
+        if latents.shape[1] < 1 or latents.shape[-1] != self.cfg.z_dim:
             raise LiveAvatarError(
                 f"latents of shape {latents.shape} cannot be decoded; give at least one, as "
-                f"(batch, frames, rows, columns, {len(LATENT_MEAN)})"
+                f"(batch, frames, rows, columns, {self.cfg.z_dim})"
             )
         _check_cache(cache, latents, "decode")
         return _stream(self._decode_latent, latents, cache, 1)
 
-    def _encode_group(self, frames, cache):
-        features, cache = _run(self.encoder.layers, frames, cache)
-        mean, _ = jnp.split(self.to_moments(features), 2, axis=-1)
-        return normalise(mean), cache
+    def _encoded(self, group, video, cache):
+        self._check_video(video, begins=cache is None)
+        _check_cache(cache, _folded(video[:, :1], self.cfg.patch), "encode")
+        return _stream(group, video, cache, self.cfg.frames_per_latent)
+
+    def _moments(self, frames, cache):
+        features, cache = _run(self.encoder.layers, _folded(frames, self.cfg.patch), cache)
+        moments = self.to_moments(features)
+        if self.cfg.thumbnail:
+            size, f = self.cfg.pixels_per_latent, frames.shape[1]
+            cells = "b (one f) (h p) (w q) c -> b one h w c"
+            colours = reduce(frames, cells, "mean", f=f, p=size, q=size)
+            rest = moments.shape[-1] - colours.shape[-1]
+            moments = moments + jnp.pad(colours, (*((0, 0),) * 4, (0, rest)))
+        return moments, cache
 
     def _decode_latent(self, latent, cache):
-        return _run(self.decoder.layers, self.from_latents(denormalise(latent)), cache)
+        latent = denormalise(latent, self.cfg)
+        features, cache = _run(self.decoder.layers, self.from_latents(latent), cache)
+        frames = _unfolded(features, self.cfg.patch)
+        if self.cfg.thumbnail:  # smooth, for edges between its cells would have to be unlearnt
+            shape = (*latent.shape[:2], *frames.shape[2:])
+            frames = frames + jax.image.resize(latent[..., :3], shape, "bilinear")
+        return frames, cache
 
     def _check_video(self, video, begins: bool) -> None:
         _, frames, height, width, colours = video.shape
         if colours != 3:
             raise LiveAvatarError(f"video has {colours} channels; give 3 (red, green, blue) last")
-        if height % self.pixels_per_latent or width % self.pixels_per_latent:
+        size = self.cfg.pixels_per_latent
+        if height % size or width % size:
             raise LiveAvatarError(
-                f"video is {width}×{height} pixels; crop or scale it to multiples of "
-                f"{self.pixels_per_latent}"
+                f"video is {width}×{height} pixels; crop or scale it to multiples of {size}"
             )
-        group = self.frames_per_latent
+        group = self.cfg.frames_per_latent
         if frames < 1 or (frames - begins) % group:
             rule = f"a video begins with 1 + {group}·k frames" if begins else f"give {group}·k"
             raise LiveAvatarError(f"video has {frames} frames; {rule} to this call of encode")
 
 
-def normalise(mean: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+def normalise(mean: Float[Array, "*n c"], cfg: VAEConfig) -> Float[Array, "*n c"]:
     """Encoder output to the latents that the diffusion model knows: about zero mean, unit width."""
-    center, width = _statistics(mean)
+    center, width = _statistics(mean, cfg)
     return (mean - center) / width
 
 
-def denormalise(latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+def denormalise(latents: Float[Array, "*n c"], cfg: VAEConfig) -> Float[Array, "*n c"]:
     """The inverse of `normalise`."""
-    center, width = _statistics(latents)
+    center, width = _statistics(latents, cfg)
     return latents * width + center
 
 
-def _statistics(like: Float[Array, "*n c"]) -> list[Float[Array, "*ones c"]]:
-    return [along_last(jnp.asarray(values), like) for values in (LATENT_MEAN, LATENT_STD)]
+def _statistics(like: Float[Array, "*n c"], cfg: VAEConfig) -> list[Float[Array, "*ones c"]]:
+    known = (cfg.latent_mean, cfg.latent_std)
+    return [along_last(jnp.asarray(values), like) for values in known]
+
+
+def _folded(video: Float[Array, "b F H W c"], patch: int) -> Float[Array, "b F h w k"]:
+    """Patches of pixels as positions."""
+    return rearrange(video, "b f (h p) (w q) c -> b f h w (p q c)", p=patch, q=patch)
+
+
+def _unfolded(x: Float[Array, "b F h w k"], patch: int) -> Float[Array, "b F H W c"]:
+    return rearrange(x, "b f h w (p q c) -> b f (h p) (w q) c", p=patch, q=patch)
 
 
 def _run(layers, x, cache):

@@ -160,23 +160,24 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
         """`read` and written elements a position; 2-byte activations, weights as they are kept."""
         return linear(size, frames * h * w, taps * c, out, read / taps)
 
-    def residual(c: int, out: int) -> Cost:
-        cost = conv(c, out, 27) + conv(out, out, 27)
+    def residual(c: int, out: int, window: int = 3) -> Cost:
+        cost = conv(c, out, 9 * window) + conv(out, out, 9 * window)
         return cost if c == out else cost + conv(c, out, 1)
 
     cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c) * 2
     cost += conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
     for level, out in enumerate(widths):
         for _ in range(vae.res_blocks + 1):
-            cost += residual(c, out)
+            cost += residual(c, out, vae.taps[-1 - level])
             c = out
         if level < len(widths) - 1:
             if vae.time_down[-1 - level]:
                 cost += conv(c, 2 * c, 3)
                 frames *= 2
-            cost += conv(c, 4 * (c // 2), 4)  # at the small size: four corners of 2 x 2 taps
-            h, w, c = 2 * h, 2 * w, c // 2
-    return cost + conv(c, 3, 27)
+            if vae.halved[-1 - level]:
+                cost += conv(c, 4 * (c // 2), 4)  # at the small size: four corners of 2 x 2 taps
+                h, w, c = 2 * h, 2 * w, c // 2
+    return cost + conv(c, 3 * vae.patch**2, 27)
 
 
 def linear(size: Size, tokens: int, inputs: int, outputs: int, read: float = 1.0) -> Cost:
