@@ -333,7 +333,7 @@ def _settle(request: Request) -> None:
     checkpoint.load_config(request.weights)  # or there is no sense in going on
     settings = {
         "list": digest(request.list),
-        "weights": digest(request.weights / "files.json"),
+        "weights": checkpoint.fingerprint(request.weights),
         "scores": digest(request.scores),
         "demands": list(request.demands),
         "caption": request.caption,

@@ -7,6 +7,7 @@
     OUT/dit/blocks.003.0/          one layer of a stack (Orbax, {leaf path: rows of the leaf})
     OUT/dit/rest.0/                what is not stacked; both in pieces of at most 256 MiB
 
+A folder of weights/packed.py, with whole networks as safetensors files, is read like this one.
 Every item is whole or absent. While a folder is being made it is called OUT.partial, so one
 that looks finished is finished, and a run that was interrupted goes on at the missing item.
 """
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -40,6 +42,7 @@ from liveavatar_jax.models.text import TextEncoder
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights import packed
 from liveavatar_jax.weights.encoders import SPEECH_IGNORE, SPEECH_RULES, TEXT_RULES
 from liveavatar_jax.weights.rules import Rule
 from liveavatar_jax.weights.vae import VAE_RULES
@@ -162,30 +165,48 @@ def restore(
     quantised: "int8" or "fp8", for a DiT; what it was before is never held as a whole.
     Host memory stays near the largest item. Raises LiveAvatarError for a damaged folder.
     """
-    stored = abstract(load_config(folder), which, dtype)
-    _require_files(folder, which)
-    module = stored
+    stored = module = abstract(load_config(folder), which, dtype)
     if quantised is not None:
         module = jax.eval_shape(lambda module: quantise(module, quantised), stored)
     shapes, wanted = leaves(stored), leaves(module)
     first = SingleDeviceSharding(jax.devices()[0])
     shardings = {path: sharding(path) if sharding else first for path in shapes | wanted}
     arrays: dict[str, jax.Array] = {}
-    for item, parts in plan(stored, which).items():
-        pieces = _read(folder / which / item, parts, shapes, shardings)
-        for part in parts:
-            rows = {part.leaf: pieces.pop(part.leaf)}
-            if quantised is not None:
-                rows = quantise_leaf(part.leaf, rows[part.leaf], quantised)
-            for path, some in rows.items():
-                leaf, place = wanted[path], shardings[path]
-                if path in shapes and some.shape == leaf.shape:
-                    arrays[path] = some  # where it belongs already
-                    continue
-                into = arrays.pop(path, None)
-                into = jnp.zeros(leaf.shape, leaf.dtype, device=place) if into is None else into
-                arrays[path] = _insert(place)(into, some, part.start)
+    for path, start, piece in _pieces(folder, which, stored, shardings):
+        rows = {path: piece} if quantised is None else quantise_leaf(path, piece, quantised)
+        for path, some in rows.items():
+            leaf, place = wanted[path], shardings[path]
+            if path in shapes and some.shape == leaf.shape:
+                arrays[path] = some  # where it belongs already
+                continue
+            into = arrays.pop(path, None)
+            into = jnp.zeros(leaf.shape, leaf.dtype, device=place) if into is None else into
+            arrays[path] = _insert(place)(into, some, start)
     return replace(module, arrays)
+
+
+def _pieces(
+    folder: Path, which: str, stored: Any, shardings: Mapping[str, Sharding]
+) -> Iterator[tuple[str, int, jax.Array]]:
+    """Leaf, first row, rows: what is stored of a network, piece by piece onto its devices."""
+    shapes, file = leaves(stored), packed.file_of(folder, which)
+    if file.is_file():
+        for path, leaf in packed.pieces(file, shapes, shardings.__getitem__):
+            yield path, 0, leaf
+        return
+    _require_files(folder, which)
+    for item, parts in plan(stored, which).items():
+        rows = _read(folder / which / item, parts, shapes, shardings)
+        for part in parts:
+            yield part.leaf, part.start, rows.pop(part.leaf)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells this checkpoint from others: of its list of files, or of packed networks."""
+    listed, digest = folder / "files.json", hashlib.sha256()
+    for path in [listed] if listed.is_file() else sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def save(out: Path, cfg: ModelConfig, networks: Mapping[str, Any]) -> None:
@@ -281,6 +302,10 @@ def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _require_files(folder: Path, which: str) -> None:
+    if not (folder / "files.json").is_file():
+        raise LiveAvatarError(
+            f"{folder} has no {packed.file_of(folder, which).name}; copy or pack the folder anew"
+        )
     listed = json.loads((folder / "files.json").read_text())
     sizes = {path: size for path, size in listed.items() if path.startswith(f"{which}/")}
     bad = [p for p, n in sizes.items() if not (folder / p).is_file() or _size(folder / p) != n]
