@@ -9,9 +9,9 @@ from liveavatar_jax.devices import prepare
 from liveavatar_jax.parallel import hosts
 from liveavatar_jax.types import LiveAvatarError
 
-NO_WEIGHTS = (
-    "no weights: name a converted checkpoint with --weights DIR (`liveavatar-jax convert` makes "
-    "one from the published files); a preset that needs none is not part of this version"
+PHOTO = (
+    "the built-in model has seen drawn puppets alone: a photograph is out of its world, and will "
+    "come out as a blurred one of them; convert the published weights for real faces"
 )
 
 
@@ -42,15 +42,18 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     p = command(_generate, "Make a video of a portrait that speaks a recording.")
-    p.add_argument("--image", type=Path, required=True, help="portrait: jpg, png, webp, ...")
-    p.add_argument("--audio", type=Path, required=True, help="speech: wav, mp3, flac, m4a, ...")
-    p.add_argument("--out", type=Path, required=True, help="the mp4 file to write")
+    p.add_argument("--image", type=Path, help="portrait: jpg, png, ... (default: the model's own)")
+    p.add_argument("--audio", type=Path, help="speech: wav, mp3, ... (default: the model's own)")
+    p.add_argument("--out", type=Path, default=Path("avatar.mp4"), help="the mp4 file to write "
+                   "(default: %(default)s)")  # fmt: skip
     p.add_argument("--prompt", help="what the video shows (default: a person who speaks)")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, help="folder made by `liveavatar-jax convert`")
-    source.add_argument("--preset", help="name of a built-in model")
-    p.add_argument("--size", default="720*400", help="pixels of the picture, as WIDTH*HEIGHT; its "
-                   "shape is the portrait's (default: %(default)s)")  # fmt: skip
+    source.add_argument("--preset", metavar="NAME", help="a built-in model (default: puppet)")
+    p.add_argument("--size", help="pixels of the picture, as WIDTH*HEIGHT, in the portrait's "
+                   "shape (default: 720*400, or what the model knows)")  # fmt: skip
+    p.add_argument("--scale", type=int, metavar="N", help="times the picture's size is the video's "
+                   "(default: 1, or what makes a small model's visible)")  # fmt: skip
     p.add_argument("--fit", choices=("cover", "published"), default="cover", help="no borders, or "
                    "the released code's black rows (default: %(default)s)")  # fmt: skip
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's, 4)")
@@ -129,25 +132,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    if args.weights is None:
-        raise LiveAvatarError(NO_WEIGHTS)
     from liveavatar_jax.data.image import parse_size
     from liveavatar_jax.generate import Request, generate
+    from liveavatar_jax.weights import packed
 
     if args.steps is not None and args.steps < 1:
         raise LiveAvatarError(f"--steps {args.steps} must be at least 1")
     if args.warm < 0:
         raise LiveAvatarError(f"--warm {args.warm} must be at least 0")
+    if args.scale is not None and not 1 <= args.scale <= 16:
+        raise LiveAvatarError(f"--scale {args.scale} must lie within 1..16")
     if not 0 <= args.seed < 2**32:
         raise LiveAvatarError(f"--seed {args.seed} must lie within 0..{2**32 - 1}")
+    weights = args.weights or packed.preset(args.preset or packed.PRESET)
+    image = args.image or packed.own(weights, packed.PORTRAIT, "portrait with --image")
+    audio = args.audio or packed.own(weights, packed.SPEECH, "recording with --audio")
+    if args.weights is None and args.image is not None and hosts.is_first():
+        print(f"liveavatar-jax: {PHOTO}", file=sys.stderr)
     report = generate(
         Request(
-            image=args.image,
-            audio=args.audio,
+            image=image,
+            audio=audio,
             out=args.out,
-            weights=args.weights,
+            weights=weights,
             prompt=args.prompt,
-            area=parse_size(args.size),
+            area=None if args.size is None else parse_size(args.size),
             fit=args.fit,
             steps=args.steps,
             seed=args.seed,
@@ -155,6 +164,7 @@ def _generate(args: argparse.Namespace) -> int:
             quantise=args.quantise,
             mesh=args.mesh,
             warm=args.warm,
+            scale=args.scale,
         )
     )
     if hosts.is_last():

@@ -304,8 +304,11 @@ class ModelConfig:
     speech: SpeechConfig = SpeechConfig()
     stream: StreamConfig = StreamConfig()
     mel: MelConfig | None = None  # heard in the place of the speech encoder
+    size: int | None = None  # side of the square pictures it knows; None: pictures of any shape
 
     def __post_init__(self):
+        known = self.size is None or (self.size > 0 and self.size % 64 == 0)
+        insist(known, self, "size", "be None or a multiple of 64")
         if self.mel is not None and self.mel.made != self._heard:
             layers, dim = self.mel.made
             raise LiveAvatarError(

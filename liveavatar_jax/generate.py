@@ -26,13 +26,15 @@ from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.parallel import hosts
 from liveavatar_jax.parallel.mesh import MeshSpec, make
 from liveavatar_jax.player import OneDevice, OnMesh, load, load_avatar
-from liveavatar_jax.types import Array, Float, LiveAvatarError
+from liveavatar_jax.types import Array, Float, LiveAvatarError, UInt8
 from liveavatar_jax.weights import checkpoint
 from liveavatar_jax.weights.convert import TOKENIZER
 
 FPS = 25
 BLOCK = 12  # video frames of a block
 SAMPLES = SAMPLE_RATE // FPS  # of one video frame
+AREA = 720 * 400  # of the picture, in pixels
+VISIBLE = 384  # rows of the video of a model that makes pictures below that
 PROMPT = "A person looks into the camera and speaks naturally, with lively expression."
 
 
@@ -45,7 +47,8 @@ class Request:
     out: Path
     weights: Path
     prompt: str | None = None
-    area: int = 720 * 400  # of the picture, in pixels; its shape is the portrait's
+    area: int | None = None  # of the picture, in pixels, in the portrait's shape; None: AREA, or
+    # the one size that the model knows
     fit: Fit = "cover"
     steps: int | None = None
     seed: int = 0
@@ -53,6 +56,7 @@ class Request:
     quantise: str | None = None  # "int8" or "fp8": the DiT's trunk, in 8 bits
     mesh: str | None = None  # such as "stage=4,vae=1"; None: one device
     warm: int = 0  # first blocks that are made on all stages at once
+    scale: int | None = None  # of the video, in pictures; None: small ones become VISIBLE
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,21 @@ def generate(request: Request) -> Report:
 
     Raises LiveAvatarError for any input that cannot be used.
     """
+    cfg = checkpoint.load_config(request.weights)
     moments, picture = speech.Moments.prior(), np.zeros((0, 0, 3), np.uint8)
     if hosts.is_first():
         moments = speech.Moments.of(read_audio(request.audio))
-        picture = load_portrait(request.image, request.area, fit=request.fit)
+        picture = portrait(request.image, cfg, request.area, request.fit)
     about = np.array([-(-moments.count // SAMPLES), *picture.shape[:2]], np.int32)
     frames, height, width = (int(n) for n in hosts.broadcast(about))
     picture = hosts.broadcast(picture if picture.size else np.zeros((height, width, 3), np.uint8))
     with contextlib.ExitStack() as stack:
         video = None
         if hosts.is_last():
-            video = VideoWriter(request.out, (height, width), fps=FPS, audio=request.audio)
+            scale = request.scale or (max(1, VISIBLE // height) if cfg.size else 1)
+            size = height, width
+            video = VideoWriter(request.out, size, fps=FPS, audio=request.audio, scale=scale)
             stack.enter_context(video)
-        cfg = checkpoint.load_config(request.weights)
         cfg = replace(cfg, stream=_policy(cfg, request))
         spec = _mesh(request, cfg, width // 8)
         precision = "highest" if cfg.stream.dtype == "float32" else None
@@ -126,6 +132,14 @@ def generate(request: Request) -> Report:
         compiling = time.perf_counter() - begun
         chunks = itertools.chain([first], chunks if hosts.is_first() else itertools.repeat(None))
         return _watch(player, chunks, frames, video, request, compiling)
+
+
+def portrait(
+    path: Path, cfg: ModelConfig, area: int | None = None, fit: Fit = "cover"
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in the size that was asked for, else in the one that the model knows."""
+    side = cfg.size if area is None else None
+    return load_portrait(path, area or AREA, fit=fit, side=side)
 
 
 def _policy(cfg: ModelConfig, request: Request):

@@ -18,12 +18,12 @@ from flax import nnx
 from PIL import Image
 
 from liveavatar_jax import cli, stream
-from liveavatar_jax.config import DiTConfig, ModelConfig, SpeechConfig
+from liveavatar_jax.config import DiTConfig, MelConfig, ModelConfig, SpeechConfig
 from liveavatar_jax.data.video import VideoWriter
 from liveavatar_jax.generate import with_lead
 from liveavatar_jax.models.speech import SpeechEncoder
 from liveavatar_jax.models.text import TextEncoder
-from liveavatar_jax.weights import checkpoint
+from liveavatar_jax.weights import checkpoint, packed
 
 from .networks import random
 
@@ -190,7 +190,71 @@ def test_a_one_pixel_portrait_is_a_portrait(weights, tmp_path):
     assert decoded(out)[0][0].shape == (64, 64, 3)
 
 
-def test_without_weights_the_command_says_how_to_get_them(tmp_path, capsys):
+@pytest.fixture
+def preset(tmp_path_factory, monkeypatch) -> Path:
+    """A built-in model of random weights, which has seen squares of 64 and hears log-mel."""
+    presets = tmp_path_factory.mktemp("presets")
+    monkeypatch.setattr(packed, "PRESETS", presets)
+    mel = MelConfig(bins=8, layers=16, ahead=12, flat=True)
+    dit = dataclasses.replace(DIT, audio_layers=1, audio_dim=128)
+    cfg = ModelConfig.tiny(dit=dit, mel=mel, size=64)
+    avatar = random(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
+    packed.pack(presets / "puppet", cfg, {"dit": avatar.dit, "vae": avatar.vae})
+    picture(presets / "puppet" / packed.PORTRAIT, 64, 64)
+    soundfile.write(presets / "puppet" / packed.SPEECH, np.sin(np.arange(16000) / 20), 16000)
+    return presets / "puppet"
+
+
+def test_without_arguments_the_built_in_model_speaks(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", "--device", "cpu", "--steps", "1"]) == 0
+    frames, seconds = decoded(tmp_path / "avatar.mp4")
+    assert len(frames) == 25 and frames[0].shape == (384, 384, 3)
+    assert seconds == pytest.approx(1.0)
+    assert "photograph" not in capsys.readouterr().err
+
+
+def test_each_argument_replaces_what_is_built_in(preset, tmp_path, capsys):
+    audio, out = tmp_path / "short.wav", tmp_path / "mine.mp4"
+    soundfile.write(audio, np.zeros(3200), 16000)
+    given = ["--image", PORTRAIT, "--audio", audio, "--out", out, "--scale", "2", "--steps", "1"]
+    assert cli.main(["generate", "--device", "cpu", *map(str, given)]) == 0
+    frames, _ = decoded(out)
+    assert len(frames) == 5 and frames[0].shape == (128, 128, 3)
+    assert "photograph" in capsys.readouterr().err
+    given = ["--weights", preset, "--out", out, "--size", "128*128", "--scale", "1"]
+    assert cli.main(["generate", "--device", "cpu", "--steps", "1", *map(str, given)]) == 0
+    assert decoded(out)[0][0].shape == (64, 64, 3)  # a portrait is never made larger
+    assert "photograph" not in capsys.readouterr().err
+
+
+def test_the_video_is_the_picture_larger(tmp_path):
+    flat = np.full((1, 64, 64, 3), (200, 40, 90), np.uint8)
+    flat[:, :32] = 0
+    with VideoWriter(tmp_path / "out.mp4", (64, 64), scale=3) as video:
+        video.write(flat)
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        (shown,) = (f.to_ndarray(format="rgb24") for f in file.decode(video=0))
+    assert shown.shape == (192, 192, 3)
+    want = np.repeat(np.repeat(flat[0], 3, axis=0), 3, axis=1).astype(int)
+    away = np.abs(np.arange(192) - 96) > 12  # from the edge, where Lanczos rings
+    assert np.abs(shown.astype(int) - want)[away].max() <= 4
+
+
+def test_what_is_not_built_in_is_asked_for(preset, tmp_path, monkeypatch, capsys):
+    (preset / packed.PORTRAIT).unlink()
+    (preset / packed.SPEECH).unlink()
+    cases = [
+        ([], "--image"),
+        (["--image", str(PORTRAIT)], "--audio"),
+        (["--preset", "doll"], "'doll'; there is puppet"),
+        (["--scale", "0"], "--scale"),
+    ]
+    for given, named in cases:
+        assert cli.main(["generate", *given]) == 2
+        _, said = capsys.readouterr()
+        assert said.startswith("liveavatar-jax: ") and named in said and said.count("\n") == 1
+    monkeypatch.setattr(packed, "PRESETS", tmp_path)
     given = ["--image", str(PORTRAIT), "--audio", str(SPEECH), "--out", str(tmp_path / "out.mp4")]
     assert cli.main(["generate", *given]) == 2
     _, said = capsys.readouterr()

@@ -220,3 +220,16 @@ def test_a_size_that_is_none_is_refused(text):
 def test_a_size_below_one_cell_is_refused(text):
     with pytest.raises(LiveAvatarError, match="at least 64x64"):
         parse_size(text)
+
+
+def test_a_model_of_one_size_gets_a_square_with_the_head_in_it(tmp_path):
+    tall = np.zeros((120, 60, 3), np.uint8)
+    tall[20:40] = 255
+    Image.fromarray(tall).save(tmp_path / "tall.png")
+    square = load_portrait(tmp_path / "tall.png", 720 * 400, side=128)
+    assert square.shape == (128, 128, 3)
+    rows = np.flatnonzero(square[:, 64, 0] > 128)
+    assert abs(rows[0] - 11) <= 1 and abs(rows[-1] - 53) <= 1  # 32 of 128 rows are cut off above
+    Image.fromarray(np.zeros((10, 30, 3), np.uint8)).save(tmp_path / "strip.png")
+    with pytest.raises(LiveAvatarError, match=r"strip.png.*crop it around the face"):
+        load_portrait(tmp_path / "strip.png", 720 * 400, side=128)

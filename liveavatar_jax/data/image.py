@@ -86,12 +86,17 @@ def resized_size(height: int, width: int, size: tuple[int, int], fit: Fit) -> tu
 
 
 def fit_portrait(
-    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], fit: Fit = "cover"
+    image: UInt8[np.ndarray, "h w 3"],
+    size: tuple[int, int],
+    fit: Fit = "cover",
+    *,
+    above: float = 0.5,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """`image` at `size` = (rows, columns): antialiased bilinear resize, then centre crop.
 
     "cover" fills every pixel. "published" is the original's, which for most tall and wide
-    pictures leaves black bars of some pixels at the ends of the longer side.
+    pictures leaves black bars of some pixels at the ends of the longer side. above: the share of
+    what is cut off a tall picture that is cut off above.
     """
     rows, columns = resized_size(image.shape[0], image.shape[1], size, fit)
     picture = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
@@ -99,8 +104,8 @@ def fit_portrait(
     pads = [(bar // 2, bar - bar // 2) for bar in bars]
     canvas = np.pad(np.asarray(picture), (*pads, (0, 0)))
     top, left = (
-        round((have - want) / 2)  # ties to even, as published
-        for have, want in zip(canvas.shape, size, strict=False)
+        round((have - want) * share)  # ties to even, as published
+        for have, want, share in zip(canvas.shape, size, (above, 0.5), strict=False)
     )
     return canvas[top : top + size[0], left : left + size[1]]
 
@@ -111,8 +116,12 @@ def load_portrait(
     *,
     fit: Fit = "cover",
     background: tuple[int, int, int] = WHITE,
+    side: int | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The picture in `path` at its published output size for `area` pixels (see `parse_size`).
+
+    side: of a square, instead: for models that know pictures of one size. What is cut off a tall
+    picture comes from below more than from above, for that is where faces are not.
 
     Upright by its EXIF orientation, transparency laid over `background`; grey, palette, CMYK
     and 16-bit pictures become 8-bit RGB; of an animation the first frame. Raises
@@ -122,7 +131,7 @@ def load_portrait(
     image = read_picture(path, background)
     height, width = image.shape[:2]
     try:
-        size = target_size(height, width, area)
+        size = target_size(height, width, area) if side is None else (side, side)
     except LiveAvatarError as error:
         raise LiveAvatarError(f"cannot use the portrait {path}: {error}") from None
     rows, columns = resized_size(height, width, size, fit)
@@ -132,7 +141,7 @@ def load_portrait(
             f"cannot use the portrait {path}: of its {width}x{height} pixels only {seen:.0%} "
             f"would be seen in the {size[1]}x{size[0]} output; crop it around the face"
         )
-    return fit_portrait(image, size, fit)
+    return fit_portrait(image, size, fit, above=0.5 if side is None else 0.25)
 
 
 def to_pixels(image: UInt8[np.ndarray, "*F H W 3"]) -> Float[np.ndarray, "*F H W 3"]:

@@ -18,6 +18,7 @@ import av
 import numpy as np
 from av.container import OutputContainer
 from av.error import FFmpegError
+from PIL import Image
 
 from liveavatar_jax.data.audio import in_blocks, open_sound, resample
 from liveavatar_jax.types import Float, LiveAvatarError, UInt8
@@ -40,6 +41,8 @@ class VideoWriter:
     Ctrl-C, finishes the file with the frames written so far. Before the first frame `path` is
     left alone, so that a run that fails early costs no older result.
 
+    size: rows and columns of the frames; the video's are `scale` times these.
+
     Raises LiveAvatarError for odd sizes, for a path that cannot be written, for sound that
     cannot be read, and when the disk is full; then the whole fragments written so far remain as
     a playable file, or none at all.
@@ -53,10 +56,12 @@ class VideoWriter:
         fps: int | Fraction = 25,
         audio: str | Path | None = None,
         crf: int = 18,
+        scale: int = 1,
     ):
         if size[0] % 2 or size[1] % 2 or min(size) < 2:
             raise LiveAvatarError(f"video of {size[1]}x{size[0]} pixels must have even sides")
         self.path, self.size, self.fps, self.crf = Path(path), size, Fraction(fps), crf
+        self.scale = scale
         self.frames = 0  # written so far
         self._container: OutputContainer | None = None
         self._sound = _SoundTrack(audio) if audio is not None else None
@@ -97,6 +102,9 @@ class VideoWriter:
 
     def _append(self, image: UInt8[np.ndarray, "H W 3"]) -> None:
         container = self._container or self._open()
+        if self.scale != 1:  # before the colours lose half of their places
+            wide = self.size[1] * self.scale, self.size[0] * self.scale
+            image = np.asarray(Image.fromarray(image).resize(wide, Image.Resampling.LANCZOS))
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.frames, 1 / self.fps
@@ -110,7 +118,7 @@ class VideoWriter:
         fragment = str(round(2 * self.fps))
         options = {"crf": str(self.crf), "preset": "veryfast", "g": fragment}
         self._video = container.add_stream("libx264", self.fps, options)
-        self._video.height, self._video.width = self.size
+        self._video.height, self._video.width = (side * self.scale for side in self.size)
         self._video.pix_fmt = "yuv420p"
         code = self._video.codec_context
         code.colorspace = code.color_primaries = code.color_trc = BT709

@@ -51,6 +51,13 @@ def preset(name: str = PRESET) -> Path:
     return PRESETS / name
 
 
+def own(folder: Path, name: str, instead: str) -> Path:
+    """A file that a model brings along. Raises LiveAvatarError when it has none: name `instead`."""
+    if not (folder / name).is_file():
+        raise LiveAvatarError(f"{folder} has no {name} of its own; name a {instead}")
+    return folder / name
+
+
 def pack(
     folder: Path,
     cfg: ModelConfig,
