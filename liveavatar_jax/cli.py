@@ -99,6 +99,34 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
                    help="of the VAE (default: float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
 
+    p = command(_evaluate, "Judge a model, or finished videos: GenBench's protocol.")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, help="folder made by `liveavatar-jax convert`")
+    source.add_argument("--preset", metavar="NAME", help="a built-in model (default: puppet)")
+    source.add_argument("--videos", type=Path, help="folder of finished videos, ID.mp4 each")
+    p.add_argument("--clips", type=Path, required=True, help="csv with a header: id,image,audio "
+                   "and, where there are, file,caption,truth")  # fmt: skip
+    p.add_argument("--out", type=Path, required=True, help="folder of the report")
+    p.add_argument("--protocol", choices=("short", "long", "horizon"), default="short",
+                   help="once, 5 minutes, or windows up to 10000 s (default: short)")  # fmt: skip
+    p.add_argument("--limit", type=int, metavar="N", help="the first N clips of the list")
+    p.add_argument("--seconds", type=float, help="of each stream at most; of long ones exactly")
+    p.add_argument("--readers", type=Path, metavar="FILE", help="networks that read puppets "
+                   "(default: readers.safetensors beside the weights)")  # fmt: skip
+    p.add_argument("--faces", action="store_true", help="look at real faces (extra `faces`)")
+    p.add_argument("--embeddings", type=Path, metavar="DIR", help="ID.npz each: sync_video and "
+                   "sync_audio, NAME and NAME_reference")  # fmt: skip
+    p.add_argument("--real", nargs="+", action="extend", default=[], metavar="NAME=FILE",
+                   help="real features for Fréchet distances, as fid=inception.npz")  # fmt: skip
+    p.add_argument("--size", help="pixels of a picture, as WIDTH*HEIGHT (default: as generate)")
+    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--rows", type=int, metavar="N", help="streams at once (default: 8 of small "
+                   "pictures, else 1)")  # fmt: skip
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="default: float32 on a CPU, bfloat16 elsewhere")  # fmt: skip
+    p.add_argument("--no-timing", action="store_true", help="do not time `generate` as well")
+
     p = command(_bench, "Time every component, compiled, on random weights.")
     p.add_argument("--sizes", nargs="+", default=["laptop"], metavar="NAME",
                    help="tiny, laptop, 14b (default: laptop)")  # fmt: skip
@@ -211,6 +239,48 @@ def _encode(args: argparse.Namespace) -> int:
     if not report.windows:
         raise LiveAvatarError(f"no clip could be used; {args.out} tells why, clip by clip")
     return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from liveavatar_jax.data.image import parse_size
+    from liveavatar_jax.evaluate import evaluate
+    from liveavatar_jax.protocol import Request
+    from liveavatar_jax.weights import packed
+
+    if not 0 <= args.seed < 2**32:
+        raise LiveAvatarError(f"--seed {args.seed} must lie within 0..{2**32 - 1}")
+    weights = args.weights
+    if weights is None and args.videos is None:
+        weights = packed.preset(args.preset or packed.PRESET)
+    real = {}
+    for text in args.real:
+        name, given, file = text.partition("=")
+        if not (name and given and file):
+            raise LiveAvatarError(f"--real {text!r} is not NAME=FILE, as in fid=inception.npz")
+        real[name] = Path(file)
+    report = evaluate(
+        Request(
+            clips=args.clips,
+            out=args.out,
+            weights=weights,
+            videos=args.videos,
+            protocol=args.protocol,
+            limit=args.limit,
+            seconds=args.seconds,
+            readers=args.readers,
+            faces=args.faces,
+            embeddings=args.embeddings,
+            real=real,
+            area=None if args.size is None else parse_size(args.size),
+            steps=args.steps,
+            seed=args.seed,
+            rows=args.rows,
+            dtype=args.dtype,
+            timing=not args.no_timing,
+        )
+    )
+    print(report)
+    return 0 if report.finished else 130
 
 
 def _bench(args: argparse.Namespace) -> int:
