@@ -274,6 +274,16 @@ def test_all_hosts_draw_the_same_steps_and_all_steps_come():
     np.testing.assert_allclose(alone, [1 / 3] * 3, atol=0.04)
 
 
+def test_exits_come_as_often_as_they_are_weighted():
+    policy = Policy(anchor=0.5, anchor_steps=(1.0, 0.0), exits=(0.25, 0.0, 0.75))
+    draw = jax.jit(jax.vmap(lambda key: draw_steps(policy, 3, key)))
+    drawn = draw(jax.random.split(jax.random.key(0), 4000))
+    first, exit = np.asarray(drawn.first), np.asarray(drawn.exit)
+    share = np.bincount(exit[first == 0], minlength=3) / (first == 0).sum()
+    np.testing.assert_allclose(share, policy.exits, atol=0.03)
+    assert (exit[first > 0] == 2).all(), "what does not run is no exit"
+
+
 def test_an_anchored_rollout_starts_from_the_real_clip():
     learner, some = Toy(), toy_given()
     anchored = rollout(learner, TOY, learner.start(2), some, steps(2, first=2)).inputs
@@ -296,12 +306,17 @@ def test_early_blocks_can_be_left_out():
     ({"transition": "sde"}, "Policy.transition = 'sde' must be one of ode, renoise"),
     ({"history": "own"}, "Policy.history = 'own' must be one of stream, exit"),
     ({"anchor": 2.0}, "Policy.anchor = 2.0 must be a probability"),
+    ({"exits": (1.0, 0.0)}, r"Policy.exits = \(1.0, 0.0\) must be weights, the last above 0"),
 ])  # fmt: skip
 def test_policies_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(LiveAvatarError, match=words):
         Policy(**changes)
 
 
-def test_anchor_weights_are_one_a_later_step():
-    with pytest.raises(LiveAvatarError, match=r"has 3 weights for 2 steps"):
-        draw_steps(Policy(anchor=0.3), 3, jax.random.key(0))
+@pytest.mark.parametrize("policy, words", [
+    (Policy(anchor=0.3), "anchor_steps has 3 weights and must have 2"),
+    (Policy(exits=(0.5, 0.5)), "exits has 2 weights and must have 3"),
+])  # fmt: skip
+def test_weights_are_as_many_as_steps(policy, words):
+    with pytest.raises(LiveAvatarError, match=words):
+        draw_steps(policy, 3, jax.random.key(0))

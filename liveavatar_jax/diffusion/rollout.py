@@ -33,6 +33,9 @@ class Policy:
     anchor: how often a rollout starts from real latents, noised to the level of one of the steps
     from the second on, which `anchor_steps` weights (DynaForcing, against motion that dies out).
     positions: the first block stands at a random latent frame up to here, as in a longer video.
+    exits: how likely each step is to be the exit, all alike by default, as published. A critic
+    knows the clips of all exits as one law, so only together do they come to match the teacher's:
+    what early exits cannot make, late ones make up for. (0, 0, 0, 1) matches what streams make.
     """
 
     transition: str = "ode"
@@ -40,6 +43,7 @@ class Policy:
     anchor: float = 0.0
     anchor_steps: tuple[float, ...] = (0.15, 0.70, 0.15)
     positions: int = 0
+    exits: tuple[float, ...] | None = None
 
     def __post_init__(self):
         for field, known in (("transition", ("ode", "renoise")), ("history", ("stream", "exit"))):
@@ -51,6 +55,8 @@ class Policy:
             raise LiveAvatarError(f"Policy.anchor = {self.anchor} must be a probability")
         if self.positions < 0:
             raise LiveAvatarError(f"Policy.positions = {self.positions} must be at least 0")
+        if self.exits is not None and (min(self.exits) < 0 or self.exits[-1] <= 0):
+            raise LiveAvatarError(f"Policy.exits = {self.exits} must be weights, the last above 0")
 
 
 @struct
@@ -125,19 +131,26 @@ class Student(Protocol):
 
 
 def draw_steps(policy: Policy, steps: int, key: Key[Array, ""]) -> Steps:
-    """The same on all hosts, for the key is: exit uniform over the steps that run."""
+    """The same on all hosts, for the key is: one exit of the steps that run."""
     keys = jax.random.split(key, 3)
     first = jnp.zeros((), jnp.int32)
     if policy.anchor:
-        if len(policy.anchor_steps) != steps - 1:
-            raise LiveAvatarError(
-                f"Policy.anchor_steps has {len(policy.anchor_steps)} weights for {steps - 1} steps "
-                "after the first; give one each"
-            )
+        _require_weights("anchor_steps", policy.anchor_steps, steps - 1, "step after the first")
         weights = jnp.log(jnp.asarray(policy.anchor_steps))
         later = 1 + jax.random.categorical(keys[0], weights).astype(jnp.int32)
         first = jnp.where(jax.random.bernoulli(keys[1], policy.anchor), later, first)
-    return Steps(first=first, exit=jax.random.randint(keys[2], (), first, steps))
+    if policy.exits is None:
+        return Steps(first=first, exit=jax.random.randint(keys[2], (), first, steps))
+    _require_weights("exits", policy.exits, steps, "step")
+    likely = jnp.where(jnp.arange(steps) >= first, jnp.log(jnp.asarray(policy.exits)), -jnp.inf)
+    return Steps(first=first, exit=jax.random.categorical(keys[2], likely).astype(jnp.int32))
+
+
+def _require_weights(field: str, weights: tuple[float, ...], count: int, each: str) -> None:
+    if len(weights) != count:
+        raise LiveAvatarError(
+            f"Policy.{field} has {len(weights)} weights and must have {count}, one for each {each}"
+        )
 
 
 def rollout(
