@@ -7,7 +7,7 @@ from typing import Any
 import optax
 from flax import nnx
 
-from liveavatar_jax.config import ModelConfig, insist
+from liveavatar_jax.config import ModelConfig, VAEConfig, insist
 from liveavatar_jax.data.clips import DataConfig
 from liveavatar_jax.data.records import Shapes
 from liveavatar_jax.diffusion.losses import DMD, Critic, DiffusionForcing
@@ -144,3 +144,41 @@ class Distill(Forcing):
         if self.blocks is not None and self.window is not None:
             insist(self.window <= self.blocks, self, "window", f"be at most {self.blocks}")
         insist(not self.vary or self.window is not None, self, "window", "be given with vary")
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """The VAE of a small preset learns on drawn puppets.
+
+    frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
+    focus: weight of mouth and eyes. edges: of the pictures' gradients. divergence: of the
+    posterior from the unit normal. rate: falls to nothing along half a cosine.
+    """
+
+    vae: VAEConfig
+    size: int = 64
+    batch: int = 4
+    frames: int = 9
+    rate: float = 2e-3
+    focus: float = 3.0
+    edges: float = 0.7
+    divergence: float = 3e-4
+    clip: float = 1.0
+    average: float = 0.995
+    steps: int = 12_000
+    judge_every: int = 1000
+    save_every: int = 250
+    keep: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        group = self.vae.frames_per_latent
+        insist((self.frames - 1) % group == 0, self, "frames", f"be 1 + {group} k")
+        side = self.vae.pixels_per_latent
+        insist(self.size % side == 0, self, "size", f"divide by {side}")
+        for name in ("batch", "steps", "judge_every", "save_every", "keep"):
+            insist(getattr(self, name) >= 1, self, name, "be at least 1")
+
+    @property
+    def optimiser(self) -> optax.GradientTransformation:
+        return optax.adam(optax.cosine_decay_schedule(self.rate, self.steps), 0.9, 0.98)

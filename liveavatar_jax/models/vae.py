@@ -359,7 +359,10 @@ def _stream(step, x, cache, group: int):
     if cache is None:
         y, cache = step(x[:, :1], None)
         pieces, x = [y], x[:, 1:]
-    if x.shape[1]:
+    if x.shape[1] == group:  # no loop, in which a CPU takes many times as long for gradients
+        y, cache = step(x, cache)
+        pieces.append(y)
+    elif x.shape[1]:
         groups = rearrange(x, "b (n f) h w c -> n b f h w c", f=group)
         cache, y = jax.lax.scan(lambda cache, x: step(x, cache)[::-1], cache, groups)
         pieces.append(rearrange(y, "n b f h w c -> b (n f) h w c"))

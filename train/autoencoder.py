@@ -1,0 +1,197 @@
+"""The VAE of a small preset, on puppets that are drawn as they are needed.
+
+    python -m train.autoencoder configs/puppet_vae.py --out runs/puppet/vae
+
+Each step draws a batch of new identities. What is shown here is the mean absolute error, weighted
+towards mouth and eyes, the error of the pictures' gradients, and the divergence of the posterior.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.data import puppet
+from liveavatar_jax.devices import prepare
+from liveavatar_jax.models.vae import VAE, normalise
+from liveavatar_jax.parallel import hosts
+from liveavatar_jax.types import Array, Float, Key, LiveAvatarError, UInt8, struct
+from train.checkpoints import Checkpoints
+from train.experiment import Autoencoder
+from train.metrics import Watch
+from train.run import load
+from train.signals import stopping
+from train.state import Learner, Metrics, averaged, begin, learn
+
+JUDGED = 24  # clips that the decoder is measured on
+POINTS = 3  # frames between two random targets of a mouth
+
+
+@struct
+class State:
+    learner: Learner
+    average: Any
+
+
+@struct
+class Clips:
+    """Puppets, and where mouth and eyes are."""
+
+    video: Float[Array, "b F H W 3"]
+    mouth: Float[Array, "b F H W"]
+    eyes: Float[Array, "b F H W"]
+
+
+def drawn(key: Key[Array, ""], batch: int, frames: int, size: int) -> Clips:
+    """Clips of new identities, whose mouths go from one random form to the next."""
+    keys = jax.random.split(key, 5)
+    who = puppet.identity(jax.random.uniform(keys[0], (batch, puppet.IDENTITY_NOISE)))
+    shape = (batch, puppet.WARM + frames, puppet.GESTURE_NOISE)
+    mood = jax.random.randint(keys[1], (batch,), 0, len(puppet.EXPRESSIONS))
+    points = jax.random.uniform(keys[2], (batch, frames // POINTS + 2, 3))
+    shut = jax.random.bernoulli(keys[3], 0.25, points.shape[:2])
+    points = jnp.where(shut[..., None] & (jnp.arange(3) == 0)[None, None], 0.0, points)
+    low, part = np.divmod(np.arange(frames), POINTS)
+    part = jnp.asarray(part / POINTS, jnp.float32)[None, :, None]
+    mouth = points[:, low] * (1 - part) + points[:, low + 1] * part
+    pose = puppet.gestures(jax.random.normal(keys[4], shape), mood, mouth)
+    at = puppet.regions(who, pose, size)
+    return Clips(video=puppet.draw(who, pose, size), mouth=at.mouth, eyes=at.eyes)
+
+
+def fresh(cfg: VAEConfig, key: Key[Array, ""]) -> VAE:
+    """A VAE that has learnt nothing, whose posterior is narrow: as wide as its means, it would
+    drown them, and nothing would be learnt for long."""
+    vae = VAE(cfg, rngs=nnx.Rngs(key))
+    bias = vae.to_moments.bias[...]
+    vae.to_moments.bias = nnx.Param(bias.at[cfg.z_dim :].set(-5.0))
+    return vae
+
+
+def loss(exp: Autoencoder, vae: VAE, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+    keys = jax.random.split(key)
+    clips = drawn(keys[0], exp.batch, exp.frames, exp.size)
+    moments = piecewise(vae.posterior, clips.video, exp.vae.frames_per_latent)
+    mean, spread = jnp.split(moments, 2, axis=-1)
+    spread = jnp.clip(spread, -20.0, 10.0)
+    z = mean + jnp.exp(0.5 * spread) * jax.random.normal(keys[1], mean.shape)
+    made = piecewise(vae.decode, normalise(z, exp.vae), 1)
+    weight = 1 + (exp.focus - 1) * jnp.maximum(clips.mouth, clips.eyes)[..., None]
+    weight = weight / jnp.mean(weight)
+    error = made - clips.video
+    pixels = jnp.mean(weight * jnp.abs(error))
+    edges = sum(
+        jnp.mean(
+            jax.lax.slice_in_dim(weight, 1, None, axis=axis) * jnp.abs(jnp.diff(error, axis=axis))
+        )
+        for axis in (2, 3)
+    )
+    divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(spread) - 1 - spread)
+    total = pixels + exp.edges * edges + exp.divergence * divergence
+    return total, {"pixels": pixels, "edges": edges, "divergence": divergence}
+
+
+def piecewise(code: Any, x: Float[Array, "b f h w c"], size: int) -> Float[Array, "b g y x k"]:
+    """A clip through a coder, group by group: gradients of convolutions within a loop that is not
+    unrolled have no fast routine on a CPU."""
+    y, cache = code(x[:, :1])
+    parts = [y]
+    for at in range(1, x.shape[1], size):
+        y, cache = code(x[:, at : at + size], cache)
+        parts.append(y)
+    return jnp.concatenate(parts, axis=1)
+
+
+def start(exp: Autoencoder) -> State:
+    vae = fresh(exp.vae, jax.random.key(exp.seed))
+    return State(begin(vae, exp.optimiser), jax.tree.map(jnp.copy, vae))
+
+
+def train_step(exp: Autoencoder, state: State) -> tuple[State, Metrics]:
+    key = jax.random.fold_in(jax.random.key(exp.seed + 1), state.learner.updates)
+    grads, metrics = jax.grad(functools.partial(loss, exp), has_aux=True)(state.learner.params, key)
+    learner, more = learn(state.learner, exp.optimiser, grads, exp.clip)
+    average = averaged(state.average, learner.params, exp.average, learner.updates, 20)
+    return State(learner, average), metrics | more
+
+
+def judge(exp: Autoencoder, vae: VAE) -> tuple[Metrics, UInt8[Array, "F H W 3"]]:
+    """PSNR in dB of clips of unseen identities, all and of the mouth; and the first few clips,
+    truth above."""
+    clips = drawn(jax.random.key(10_000 + exp.seed), JUDGED, exp.frames + 8, exp.size)
+    latents, _ = vae.encode(clips.video)
+    made = jnp.clip(vae.decode(latents)[0], -1.0, 1.0)
+    square = jnp.mean((made - clips.video) ** 2, axis=-1)
+    decibel = lambda error: 10 * jnp.log10(4.0 / error)
+    mouth = jnp.sum(square * clips.mouth) / jnp.sum(clips.mouth)
+    eyes = jnp.sum(square * clips.eyes) / jnp.sum(clips.eyes)
+    numbers = {"psnr": decibel(jnp.mean(square)), "psnr_mouth": decibel(mouth),
+               "psnr_eyes": decibel(eyes)}  # fmt: skip
+    rows = [jnp.concatenate(list(x[:6]), axis=2) for x in (clips.video, made)]
+    shown = jnp.concatenate(rows, axis=1)
+    return numbers, jnp.round((shown + 1) * 127.5).astype(jnp.uint8)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 = done or asked to stop, 2 = refused with one sentence, 130 = interrupted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a file with `def config()`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; goes on there")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the best")
+    hosts.add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        prepare(args)
+        return train(load(args.config, (Autoencoder,), args.set), args.out)
+    except LiveAvatarError as error:
+        print(f"autoencoder: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(exp: Autoencoder, out: Path) -> int:
+    """The loop. Returns the exit code."""
+    begun = functools.partial(start, exp)
+    measure = jax.jit(functools.partial(judge, exp))
+    step_of = jax.jit(functools.partial(train_step, exp), donate_argnums=0)
+    may = ("save_every", "keep", "judge_every")
+    with Checkpoints(out, exp, keep=exp.keep, may_differ=may) as save:
+        done = save.latest or 0
+        state = save.restore(jax.eval_shape(begun))[0] if done else jax.jit(begun)()
+        with (
+            Watch(out, exp.steps, start=done, last_good=lambda: save.latest) as watch,
+            stopping() as stop,
+        ):
+            for step in range(done + 1, exp.steps + 1):
+                save.check()
+                state, metrics = step_of(state)
+                numbers, shown = {}, None
+                if step % exp.judge_every == 0 or step == exp.steps:
+                    numbers, shown = measure(state.average)
+                watch(step, metrics | numbers)
+                stopped = stop.agreed()
+                if stopped or step % exp.save_every == 0 or step == exp.steps:
+                    with watch.aside():
+                        save.save(step, state, {})
+                if shown is not None:
+                    with watch.aside():
+                        watch.sample(step, np.asarray(shown))
+                if stopped:
+                    break
+    return stop.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
