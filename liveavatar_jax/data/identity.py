@@ -18,7 +18,7 @@ Either = Array | np.ndarray  # what the puppet's functions take and give back
 SKINS = {
     "pale": (1.00, 0.87, 0.77), "light": (0.98, 0.79, 0.64), "peach": (0.94, 0.71, 0.54),
     "tan": (0.85, 0.61, 0.42), "olive": (0.76, 0.60, 0.40), "brown": (0.62, 0.41, 0.26),
-    "dark brown": (0.45, 0.28, 0.18), "deep": (0.33, 0.20, 0.14),
+    "dark brown": (0.50, 0.32, 0.21), "deep": (0.40, 0.25, 0.18),
 }  # fmt: skip
 HAIRS = {
     "black": (0.11, 0.10, 0.13), "dark brown": (0.27, 0.17, 0.11), "brown": (0.46, 0.28, 0.15),
@@ -140,7 +140,7 @@ def identity(noise: Float[Either, "b k"]) -> Identity:
         colour[name] = xp.clip(colour[name] * (1 + 0.16 * shift), 0.0, 1.0)
     made_up = drawn["lipstick"][:, None]
     rose, bright = (xp.asarray(np.array([c], np.float32)) for c in (ROSE, LIPSTICK))
-    natural = 0.5 * colour["skin"] + 0.5 * rose
+    natural = 0.45 * colour["skin"] + 0.55 * rose
     colour["lips"] = xp.where(made_up < 0.65, natural, 0.25 * natural + 0.75 * bright)
 
     may = xp.asarray(np.array(BEARDED, np.int32))[picks["style"]]

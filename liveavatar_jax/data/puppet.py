@@ -210,7 +210,8 @@ def _body(picture: Either, room: Place, face: Place, of: Any, p: Any) -> Either:
     picture = _over(picture, of.skin * shade[None], xp.maximum(throat, bare))
     high = body.within(of.neck_w) * body.band(line, 0.78 + 0 * line)
     picture = _over(picture, of.clothes, high)
-    trim = body.within(of.neck_w) * body.band(line - 0.005, line + 0.055)
+    flat = xp.where(of.neck_h < 0, 0.85, 1.0).astype(u.dtype) * of.neck_w
+    trim = body.within(flat) * body.band(line - 0.005, line + 0.055)
     return _over(picture, of.trim, trim)
 
 

@@ -41,7 +41,8 @@ class VideoWriter:
     Ctrl-C, finishes the file with the frames written so far. Before the first frame `path` is
     left alone, so that a run that fails early costs no older result.
 
-    size: rows and columns of the frames; the video's are `scale` times these.
+    size: rows and columns of the frames; the video's are `scale` times these. pixels: yuv420p
+    plays anywhere and halves the resolution of colours; yuv444p keeps it, as tiny pictures need.
 
     Raises LiveAvatarError for odd sizes, for a path that cannot be written, for sound that
     cannot be read, and when the disk is full; then the whole fragments written so far remain as
@@ -57,11 +58,12 @@ class VideoWriter:
         audio: str | Path | None = None,
         crf: int = 18,
         scale: int = 1,
+        pixels: str = "yuv420p",
     ):
         if size[0] % 2 or size[1] % 2 or min(size) < 2:
             raise LiveAvatarError(f"video of {size[1]}x{size[0]} pixels must have even sides")
         self.path, self.size, self.fps, self.crf = Path(path), size, Fraction(fps), crf
-        self.scale = scale
+        self.scale, self.pixels = scale, pixels
         self.frames = 0  # written so far
         self._container: OutputContainer | None = None
         self._sound = _SoundTrack(audio) if audio is not None else None
@@ -106,7 +108,7 @@ class VideoWriter:
             wide = self.size[1] * self.scale, self.size[0] * self.scale
             image = np.asarray(Image.fromarray(image).resize(wide, Image.Resampling.LANCZOS))
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame = frame.reformat(format=self.pixels, dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.frames, 1 / self.fps
         container.mux(self._video.encode(frame))
         self.frames += 1
@@ -119,7 +121,7 @@ class VideoWriter:
         options = {"crf": str(self.crf), "preset": "veryfast", "g": fragment}
         self._video = container.add_stream("libx264", self.fps, options)
         self._video.height, self._video.width = (side * self.scale for side in self.size)
-        self._video.pix_fmt = "yuv420p"
+        self._video.pix_fmt = self.pixels
         code = self._video.codec_context
         code.colorspace = code.color_primaries = code.color_trc = BT709
         code.color_range = 1  # 16..235
