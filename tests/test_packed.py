@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from liveavatar_jax import stream
 from liveavatar_jax.config import DiTConfig, ModelConfig
+from liveavatar_jax.data.image import load_portrait
 from liveavatar_jax.models.text import TextEncoder
 from liveavatar_jax.paths import leaves
 from liveavatar_jax.player import load_avatar
@@ -174,3 +176,11 @@ def test_a_preset_that_is_not_there_is_named(tmp_path, monkeypatch):
     assert packed.preset() == tmp_path / "puppet"
     with pytest.raises(LiveAvatarError, match="'doll'; there is puppet; name"):
         packed.preset("doll")
+
+
+def test_the_built_in_model_brings_a_portrait_and_a_recording():
+    folder = packed.PRESETS / packed.PRESET
+    assert load_portrait(packed.own(folder, packed.PORTRAIT, ""), 64 * 64).shape == (64, 64, 3)
+    sound = soundfile.info(packed.own(folder, packed.SPEECH, ""))
+    assert (sound.samplerate, sound.channels) == (16_000, 1) and 8 <= sound.duration <= 10
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 30 * 2**20
