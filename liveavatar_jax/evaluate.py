@@ -42,6 +42,7 @@ from liveavatar_jax.types import Float, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 from liveavatar_jax.weights.convert import TOKENIZER
 
+CHUNK = 48  # frames of a finished video that are looked at together
 READERS = "readers.safetensors"  # beside the weights of a model
 
 
@@ -73,8 +74,8 @@ def evaluate(request: Request, embed: Mapping[str, Embed] | None = None) -> Repo
     embed: other networks by name, bytes "F H W 3" to features "F k", for cosines and Fréchet.
     Raises LiveAvatarError for any input that cannot be used.
     """
-    takes = read_takes(request.clips, request.limit)
     _check(request)
+    takes = read_takes(request.clips, request.limit)
     real = {name: Statistics.load(path) for name, path in request.real.items()}
     eyes = _eyes(request, embed or {})
     _settle(request, takes)
@@ -255,13 +256,12 @@ def _see_videos(request: Request, jobs: Sequence[Job], eyes: Eyes) -> None:
             # The portrait at the size of the video, whatever that is.
             job = dataclasses.replace(job, picture=_portrait(job, first.shape))
             seers = [Seer(request, job, window, eyes) for window in job.windows]
-            number = 0
-            for frame in itertools.chain([first], frames):
+            number, most = 0, job.windows[-1].stop
+            frames = itertools.islice(itertools.chain([first], frames), most)
+            while some := list(itertools.islice(frames, CHUNK)):
                 for seer in seers:
-                    seer.see(number, frame[None])
-                number += 1
-                if number == job.windows[-1].stop:
-                    break
+                    seer.see(number, np.stack(some))
+                number += len(some)
             for seer in seers:
                 if seer.observer.seen and not seer.path.is_file():
                     short = dataclasses.replace(

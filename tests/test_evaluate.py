@@ -72,10 +72,10 @@ def command(clips: Path, out: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def judged(weights, clips, tmp_path_factory) -> tuple[Path, str]:
-    """A whole evaluation of two clips, timing included."""
+    """A whole evaluation of the clips, timing included."""
     out = tmp_path_factory.mktemp("out") / "report"
     readers = clips.parent / "readers.safetensors"
-    request = Request(clips, out, weights, limit=2, readers=readers, steps=1)
+    request = Request(clips, out, weights, readers=readers, steps=1)
     report = evaluate(request)
     assert report.finished
     return out, str(report)
@@ -84,25 +84,29 @@ def judged(weights, clips, tmp_path_factory) -> tuple[Path, str]:
 def test_the_table_has_what_can_be_known(judged):
     out, said = judged
     for words in ("mouth, correlation with truth", "Fréchet distance, reader", "frames a second",
-                  "expression as the prompt says", "too few", "2 clips"):  # fmt: skip
+                  "expression as the prompt says", "too few", "3 clips"):  # fmt: skip
         assert words in said
     told = json.loads((out / "metrics.json").read_text())
     found = told["metrics"]
     for name in ("mouth", "shuffled", "lag", "worst", "amplitude", "ceiling", "width", "envelope",
-                 "looks", "looks_trend", "colour", "sharpness", "psnr", "psnr_mouth", "flicker",
+                 "looks", "colour", "sharpness", "psnr", "psnr_mouth", "flicker",
                  "dynamic_ratio", "expression", "fps", "first_frame"):  # fmt: skip
         assert np.isfinite(found[name]["value"]), name
     assert found["mouth"]["low"] <= found["mouth"]["value"] <= found["mouth"]["high"]
-    assert told["about"]["clips"] == 2 and set(told["clips"]) == {"c0", "c1"}
-    assert sorted(path.name for path in (out / "videos").iterdir()) == ["c0.mp4", "c1.mp4"]
+    assert told["about"]["clips"] == 3 and set(told["clips"]) == {"c0", "c1", "c2"}
+    assert sorted(path.name for path in (out / "videos").iterdir()) == [
+        "c0.mp4",
+        "c1.mp4",
+        "c2.mp4",
+    ]
 
 
 def test_the_report_is_one_file_that_asks_nobody(judged):
     text = (judged[0] / "report.html").read_text()
     assert "<script" not in text and not re.search(r"(src|href)=\"(?!data:)", text)
-    assert text.count("<svg") >= 3 and text.count("data:image/png") == 4
+    assert text.count("<svg") >= 3 and text.count("data:image/png") == 5
     assert len(text) < 400_000
-    assert {"c0", "c1"} <= set(re.findall(r"<b>(c\d)</b>", text))
+    assert {"c0", "c1", "c2"} <= set(re.findall(r"<b>(c\d)</b>", text))
 
 
 def test_what_is_done_is_not_made_again(judged, weights, clips, monkeypatch):
@@ -113,7 +117,7 @@ def test_what_is_done_is_not_made_again(judged, weights, clips, monkeypatch):
     stamp = first.stat().st_mtime_ns
     second.unlink()
     readers = clips.parent / "readers.safetensors"
-    request = Request(clips, out, weights, limit=2, readers=readers, steps=1)
+    request = Request(clips, out, weights, readers=readers, steps=1)
     evaluate(request)
     assert first.stat().st_mtime_ns == stamp and second.is_file()
     after = json.loads((out / "metrics.json").read_text())
@@ -138,8 +142,8 @@ def test_an_interrupt_leaves_a_report_of_what_is_done(judged, weights, clips, mo
 
     monkeypatch.setattr("liveavatar_jax.evaluate._see_model", interrupted)
     readers = clips.parent / "readers.safetensors"
-    report = evaluate(Request(clips, out, weights, limit=2, readers=readers, steps=1))
-    assert not report.finished and "interrupted: 1 of 2" in str(report)
+    report = evaluate(Request(clips, out, weights, readers=readers, steps=1))
+    assert not report.finished and "interrupted: 2 of 3" in str(report)
     gone.write_bytes(kept)
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from liveavatar_jax.data.video import VideoWriter
-from liveavatar_jax.metrics import embeddings, identity, picture, plots, sync
+from liveavatar_jax.metrics import embeddings, identity, page, picture, plots, sync, verdict
 from liveavatar_jax.metrics.face import SAME, Faces
 from liveavatar_jax.metrics.frechet import Statistics, frechet, small_sample
 from liveavatar_jax.metrics.intervals import bootstrap, slope, worst_tenth
@@ -230,6 +230,38 @@ def test_a_chart_has_a_line_a_curve_and_gaps_where_nothing_is_known():
     text = plots.chart([plots.Curve("a", x, y), plots.Curve("b <", x, gap)], title="t & t", x="s")
     assert text.count("<polyline") == 3 and "t &amp; t" in text and "b &lt;" in text
     assert plots.chart([plots.Curve("a", x, np.full(1000, np.nan))], title="t", x="s") == ""
+
+
+def test_drift_over_the_horizon_is_found_and_shown():
+    """Two streams whose colour drifts by 0.2 in 1000 s, seen in four windows each."""
+    random, clips = np.random.default_rng(5), {}
+    for name in ("a", "b"):
+        windows = []
+        for start in (0, 2500, 25_000, 250_000):
+            at = start + np.arange(250)
+            windows.append({
+                "start": np.asarray(start),
+                "colour": (3 + 0.2 * at / 25_000 + 0.1 * random.standard_normal(250)),
+                "change": np.r_[np.nan, random.random(249) + 1],
+                "gradient": np.full(250, 8.0),
+                "coarse": random.random((250, 16)),
+                "reference_gradient": np.array([10.0]),
+                "reference": np.zeros((8, 8, 3), np.uint8),
+                "thumbs": np.zeros((3, 8, 8, 3), np.uint8),
+            })  # fmt: skip
+        clips[name] = windows
+    lines = verdict.table(list(clips.values()))
+    found = {line.key: line for line in lines}
+    drift = found["colour_trend"]
+    assert drift.low - 0.01 <= 0.2 <= drift.high + 0.01 and drift.value == pytest.approx(0.2, 0.05)
+    assert found["sharpness_portrait"].value == pytest.approx(0.8) and "mouth" not in found
+    alone = verdict.trend(clips["a"], "colour")
+    assert alone.low < 0.2 < alone.high
+    assert np.isnan(verdict.trend(clips["a"][:1], "colour").value)
+    by_window = {n: verdict.table([[w[i]] for w in clips.values()]) for i, n in
+                 enumerate(("0-10", "100-110", "1000-1010", "10000-10010"))}  # fmt: skip
+    text = page.page({"model": "m"}, lines, by_window, clips, [])
+    assert "The horizon" in text and "10000-10010 s" in text and text.count("<svg") >= 2
 
 
 # Real faces

@@ -53,9 +53,10 @@ stroke-linejoin:round}.band{opacity:.16}.line.c0{stroke:var(--c0)}.line.c1{strok
 height:3px;border-radius:2px;margin:0 5px 3px 0;background:currentColor}.key.c0{color:var(--c0)}
 .key.c1{color:var(--c1)}.key.c2{color:var(--c2)}.key.c3{color:var(--c3)}
 .sheets{display:grid;gap:14px}.sheet{display:grid;grid-template-columns:190px 1fr;gap:14px;
-padding:12px 14px;overflow-x:auto}.sheet img{display:block;border-radius:4px;margin-bottom:3px}
+padding:12px 14px;overflow-x:auto}.sheet img{display:block;max-width:100%;height:auto;
+border-radius:4px;margin-bottom:3px}
 .sheet div{font-size:12.5px;color:var(--dim)}.sheet div b{color:var(--ink);font-size:13.5px;
-word-break:break-all}.wide figure{grid-column:1/-1}
+word-break:break-all}
 """
 
 
@@ -136,11 +137,12 @@ def _windows(by_window: Mapping[str, Sequence[Line]]) -> str:
 def _lips(clips: Mapping[str, Windows]) -> str:
     """The lag curve, and the mouth of the best, the median and the worst clip."""
     known = {name: w[0] for name, w in clips.items() if w and verdict.opening(w[0]) is not None}
-    known = {name: w for name, w in known.items() if "true_open" in w or "level" in w}
+    with_truth = {name: w for name, w in known.items() if "true_open" in w}
+    known = with_truth or {name: w for name, w in known.items() if "level" in w}
     if not known:
         return ""
     charts = []
-    truth = all("true_open" in w for w in known.values())
+    truth = bool(with_truth)
     field = "true_open" if truth else "level"
     curves = np.array([
         sync.lag_curve(np.asarray(verdict.opening(w)), w[field]) for w in known.values()

@@ -78,11 +78,11 @@ def strip(frames: Sequence[UInt8[np.ndarray, "H W 3"]], side: int = 96, gap: int
     for image in images:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     wide, high = max(i.width for i in images), max(i.height for i in images)
-    sheet = Image.new("RGBA", (len(images) * (wide + gap) - gap, high))
+    sheet = Image.new("RGB", (len(images) * (wide + gap) - gap, high), (255, 255, 255))
     for i, image in enumerate(images):
         sheet.paste(image, (i * (wide + gap), 0))
     out = io.BytesIO()
-    sheet.save(out, "PNG", optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     data = base64.b64encode(out.getvalue()).decode()
     shown = round(sheet.width * max(1, round(side / max(wide, high), 2)))
     return f'<img alt="" width="{shown}" src="data:image/png;base64,{data}">'

@@ -30,7 +30,7 @@ COLOURS = ("skin", "hair", "iris", "clothes", "wall")
 FLAGS = ("beard", "moustache", "glasses", "glasses_square")
 STYLES = 8
 ATTRIBUTES = 3 * len(COLOURS) + len(FLAGS) + STYLES  # colours, flags, and shares of hairstyles
-BATCH = 64  # pictures that are read at once
+BATCH = 12  # pictures that are read at once: a block of a stream
 
 
 @struct

@@ -151,8 +151,11 @@ def _beside_truth(seen: Mapping[str, np.ndarray], sharp: float) -> dict[str, flo
 
 
 def trend(windows: Sequence[Mapping[str, np.ndarray]], name: str) -> Interval:
-    """Growth of a number about frames in 1000 s, over all windows of one clip."""
+    """Growth of a number about frames in 1000 s, over all windows of one clip; nan for clips of
+    less than a minute, which say nothing of 1000 s."""
     times = [int(w.get("start", np.int64(0))) + np.arange(len(w[name])) for w in windows]
+    if times[-1][-1] - times[0][0] < 60 * FPS:
+        return Interval(*[float("nan")] * 3)
     gain = slope(
         np.concatenate(times) / (FPS * PER),
         np.concatenate([w[name] for w in windows]).astype(np.float64),
@@ -179,7 +182,8 @@ def table(clips: Sequence[Sequence[Mapping[str, np.ndarray]]]) -> list[Line]:
     if "mouth" in names:
         values = [_mean([n.get("mouth", np.nan) for n in windows]) for windows in each]
         line("worst", Interval(worst_tenth(values), np.nan, np.nan), len(known(values)))
-        whole = [w for windows in clips for w in windows[:1] if opening(w) is not None]
+        whole = [w for windows in clips for w in windows[:1] if "true_open" in w]
+        whole = [w for w in whole if opening(w) is not None]
         seen = [np.asarray(opening(w)) for w in whole]
         line("shuffled", sync.shuffled(seen, [w["true_open"] for w in whole]), len(whole))
         curve = lag_curves(clips)
