@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from liveavatar_jax.data.image import read_picture
 from liveavatar_jax.data.video import VideoWriter
 from liveavatar_jax.metrics import embeddings, identity, page, picture, plots, sync, verdict
 from liveavatar_jax.metrics.face import SAME, Faces
@@ -292,6 +293,8 @@ def test_a_real_face_is_itself_and_no_other(talking):
     own = faces.identity(talking[::24])
     apart = np.linalg.norm(own - own[0], axis=1)
     assert (apart < SAME).all()
+    other = faces.identity(read_picture(Path(__file__).parent / "data" / "portrait.jpg")[None])
+    assert (np.linalg.norm(own - other, axis=1) > SAME).all()
     upside_down = faces.identity(talking[:1, ::-1])
     assert np.isnan(upside_down).all()
 
