@@ -34,7 +34,7 @@ from liveavatar_jax.metrics import embeddings, page, verdict
 from liveavatar_jax.metrics.face import Faces
 from liveavatar_jax.metrics.frechet import Statistics
 from liveavatar_jax.metrics.observe import Embed, Eyes
-from liveavatar_jax.metrics.readers import Readers
+from liveavatar_jax.metrics.readers import READERS, Readers
 from liveavatar_jax.player import load, load_avatar
 from liveavatar_jax.protocol import Job, Request, Seer, blocks_of, frames_of
 from liveavatar_jax.rows import Rows
@@ -43,7 +43,6 @@ from liveavatar_jax.weights import checkpoint
 from liveavatar_jax.weights.convert import TOKENIZER
 
 CHUNK = 48  # frames of a finished video that are looked at together
-READERS = "readers.safetensors"  # beside the weights of a model
 
 
 @dataclasses.dataclass(frozen=True)

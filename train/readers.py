@@ -35,7 +35,16 @@ from liveavatar_jax.data.puppet import (
     gestures,
     identity,
 )
-from liveavatar_jax.metrics.readers import COLOURS, FLAGS, SIZE, STYLES, Reader, save, weights
+from liveavatar_jax.metrics.readers import (
+    COLOURS,
+    FLAGS,
+    READERS,
+    SIZE,
+    STYLES,
+    Reader,
+    save,
+    weights,
+)
 from liveavatar_jax.types import Array, Float, Int, Key, LiveAvatarError, struct
 
 BATCH = 96
@@ -72,7 +81,8 @@ def attributes(who: Identity) -> tuple[Float[Array, "b k"], Float[Array, "b k"]]
 def mouths(key: Key[Array, ""], b: int) -> Float[Array, "b 3"]:
     """Openings of all sizes, a fifth of them shut; round lips are narrow, as they are in speech."""
     keys = jax.random.split(key, 4)
-    opened = jax.random.uniform(keys[0], (b,)) * (jax.random.uniform(keys[1], (b,)) > 0.2)
+    shut = jax.random.uniform(keys[1], (b,)) < 0.2
+    opened = jnp.where(shut, 0.0, jax.random.uniform(keys[0], (b,)))
     rounded = jnp.maximum(jax.random.uniform(keys[2], (b,), minval=-0.6), 0.0)
     width = 0.6 - 0.5 * rounded + 0.18 * jax.random.normal(keys[3], (b,))
     return jnp.stack([opened, jnp.clip(width, 0.0, 1.0), rounded], axis=1)
@@ -234,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise LiveAvatarError(f"cannot write {args.out}: {error.strerror}") from None
     network, steps = train(args.minutes, args.seed, args.steps)
-    path = args.out / "readers.safetensors"
+    path = args.out / READERS
     save(path, network)
     figures = {"weights": weights(), "steps": steps, "batch": BATCH, **measured(network, args.seed)}
     (args.out / "readers.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -21,6 +21,7 @@ from liveavatar_jax.models.layers import Linear, along_last
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import Array, Float, LiveAvatarError, UInt8, struct
 
+READERS = "readers.safetensors"  # beside the weights of a model
 SIZE = 64  # of the pictures that it reads; others are resized
 WIDTHS = (24, 48, 64, 96)  # channels at 1/2, 1/4, 1/8 and 1/16 of the picture
 HIDDEN = 96
