@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from liveavatar_jax.config import ModelConfig, to_dict
 from liveavatar_jax.paths import leaves, replace
@@ -90,7 +90,7 @@ def write(path: Path, module: Any, dtype: str | Callable[[str], str] = "float16"
             arrays[name] = np.ascontiguousarray(np.asarray(leaf).astype(np.float32).astype(wanted))
         if not np.isfinite(arrays[name]).all():
             raise LiveAvatarError(f"{path}: {name} has values that {wanted} cannot hold")
-    _replace(path, lambda partial: save_file(arrays, partial))
+    _replace(path, lambda partial: partial.write_bytes(save(arrays)))
 
 
 def read(path: Path, module: Any, sharding: Callable[[str], Sharding] | None = None) -> Any:
@@ -132,8 +132,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         os.replace(partial, path)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or str(error)
-        raise LiveAvatarError(f"cannot write {path}: {why.lower()}") from None
+        raise LiveAvatarError(f"cannot write {path}: {str(error.strerror).lower()}") from None
