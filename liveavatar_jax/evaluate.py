@@ -89,6 +89,7 @@ def evaluate(request: Request, embed: Mapping[str, Embed] | None = None) -> Repo
         elif left:
             _see_model(request, left, eyes)
         if request.timing and request.weights is not None:
+            _report(request, jobs, real)  # compiling once more takes a while
             _time(request, takes[0])
     except KeyboardInterrupt:
         pass

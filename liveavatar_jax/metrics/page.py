@@ -191,9 +191,10 @@ def _over_time(clips: Mapping[str, Windows]) -> str:
             row[: len(values)] = values
         middle = _quantile(rows, None)
         band = (_quantile(rows, 0.1), _quantile(rows, 0.9)) if len(rows) > 2 else (None, None)
+        several = any(len(windows) > 1 for windows in clips.values())
+        x = "seconds seen, window after window" if several else "seconds"
         if len(times) > 1:
-            charts.append(chart([Curve("", times, middle, *band)], title=label, x="seconds",
-                                zero=True))  # fmt: skip
+            charts.append(chart([Curve("", times, middle, *band)], title=label, x=x, zero=True))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 

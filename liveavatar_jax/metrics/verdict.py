@@ -194,10 +194,19 @@ def table(clips: Sequence[Sequence[Mapping[str, np.ndarray]]]) -> list[Line]:
         )
     for name in ("looks", "colour"):
         gains = [trend(windows, name) for windows in clips if windows and name in windows[0]]
-        gain = gains[0] if len(gains) == 1 else bootstrap([g.value for g in gains])
-        line(f"{name}_trend", gain, len(gains))
+        line(f"{name}_trend", _together(gains), len(gains))
     order = {name: i for i, name in enumerate(METRICS)}
     return sorted(lines.values(), key=lambda line: order.get(line.key, len(order)))
+
+
+def _together(gains: Sequence[Interval]) -> Interval:
+    """The mean of trends. Of few clips each one's own interval tells more than how they differ."""
+    gains = [gain for gain in gains if np.isfinite(gain.value)]
+    if len(gains) >= 8 or not gains:
+        return bootstrap([gain.value for gain in gains])
+    value = _mean([gain.value for gain in gains])
+    reach = float(np.sqrt(sum((gain.high - gain.value) ** 2 for gain in gains))) / len(gains)
+    return Interval(value, value - reach, value + reach)
 
 
 def lag_curves(clips: Sequence[Sequence[Mapping[str, np.ndarray]]]) -> Float[np.ndarray, "n lags"]:
