@@ -26,8 +26,8 @@ def seam(changes: Float[np.ndarray, " F"], lead: int = 3, block: int = BLOCK) ->
     lead: frames of the first block that are not shown. nan where nothing moves.
     """
     number = np.arange(len(changes)) + lead
-    at = (number % block == 0) & (number >= block)
-    inside = changes[~at & np.isfinite(changes)]
+    at = (number % block == 0) & np.isfinite(changes)  # the first frame has none before it
+    inside = changes[(number % block != 0) & np.isfinite(changes)]
     if not at.any() or not len(inside) or inside.mean() < 1e-6:
         return float("nan")
     return float(changes[at].mean() / inside.mean())
