@@ -94,6 +94,12 @@ TRAINED = (
     "{very} {cheerful}", "{speaking} {happily}", "{woman}{place}, {speaking} with {smile}",
     "{pronoun} {looks} {very} {cheerful}", "{pronoun} {smiles}", "{smile} on the face of {woman}",
     "{woman}, {cheerful}, {speaks}{place}", "{cheerful woman}, {smiling}{place}",
+    # As silent ones begin, lest these words alone be read as neutral.
+    "{woman} looks into the camera with {smile}{place}", "a portrait of {cheerful woman}{place}",
+    "{smiling}, {woman} looks into the camera and {speaks}{place}", "{cheerful} mood",
+    "{woman} faces the camera and {smiles}{place}", "{woman} faces the camera, {smiling}",
+    "{woman} looks into the camera and speaks naturally, with lively expression, {smiling}",
+    "{woman} {smiles} and {speaks} naturally{place}", "make {woman} look {cheerful}",
 )  # fmt: skip
 HELD_OUT = (
     "{smiling} while {speaking}, {woman} faces the camera{place}",
