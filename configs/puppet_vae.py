@@ -10,7 +10,7 @@ from train.experiment import Autoencoder
 def config() -> Autoencoder:
     vae = VAEConfig(
         dim=48, dim_mult=(1, 2, 2), res_blocks=1, time_down=(True, True), space_down=(True, False),
-        time_taps=(1, 3, 3), patch=4, thumbnail=True, latent_mean=(0.0,) * 16,
+        time_taps=(1, 1, 1), patch=4, shortcut=True, latent_mean=(0.0,) * 16,
         latent_std=(1.0,) * 16,
     )  # fmt: skip
-    return Autoencoder(vae, steps=8000)
+    return Autoencoder(vae, rate=6e-4, steps=9000)

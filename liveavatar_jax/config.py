@@ -96,7 +96,7 @@ class VAEConfig:
 
     Small ones differ by `patch`, pixels that become one position before the first convolution;
     by levels between which time is halved but space is not; by levels whose convolutions see one
-    frame; and by `thumbnail`, the mean colours of a latent's pixels in its first three channels.
+    frame; and by a `shortcut`, linear maps of a latent's pixels past everything else.
     """
 
     dim: int = 96
@@ -107,7 +107,7 @@ class VAEConfig:
     space_down: tuple[bool, ...] | None = None  # None: between all levels
     time_taps: tuple[int, ...] | None = None  # frames that residuals see, 3 or 1; None: 3 each
     patch: int = 1
-    thumbnail: bool = False
+    shortcut: bool = False
     latent_mean: tuple[float, ...] = LATENT_MEAN
     latent_std: tuple[float, ...] = LATENT_STD
     param_dtype: str = "float32"
@@ -126,7 +126,6 @@ class VAEConfig:
             insist(ok, self, name, f"have {length} entries, as {source} = {getattr(self, source)}")
         insist(set(self.taps) <= {1, 3}, self, "time_taps", "be 1 or 3 each")
         insist(self.patch >= 1, self, "patch", "be at least 1")
-        insist(self.z_dim >= 3 or not self.thumbnail, self, "z_dim", "be 3 or more for a thumbnail")
 
     @property
     def halved(self) -> tuple[bool, ...]:

@@ -19,6 +19,7 @@ from liveavatar_jax.diffusion.losses import (
     Critic,
     DiffusionForcing,
     Discriminator,
+    FlowMatching,
     Guidance,
     Levels,
     Rewarded,
@@ -204,6 +205,38 @@ def test_diffusion_forcing_is_the_formula(bell):
     error = ((0.5 * np.asarray(seen["x"]) - (noise - x)) ** 2).mean(axis=(2, 3, 4)).reshape(-1)
     want = (weight * error).mean() if bell else error.mean()
     np.testing.assert_allclose(loss, want, rtol=1e-3)
+
+
+def test_flow_matching_has_one_level_a_clip():
+    """A teacher looks both ways, and knows one level; the rest is as in diffusion forcing."""
+    seen = {}
+
+    def velocity(x, sigma, past):
+        seen.update(x=x, sigma=sigma)
+        return jnp.zeros_like(x)
+
+    FlowMatching(bell=False)(velocity, X, KEY, 3)
+    sigma = np.asarray(seen["sigma"])
+    assert (sigma == sigma[:, :1]).all() and len(np.unique(sigma[:, 0])) == len(sigma)
+    assert DiffusionForcing.causal and not FlowMatching.causal
+
+
+@pytest.mark.parametrize("bell", [True, False])
+def test_focus_weighs_rows_and_columns(bell):
+    """As if each cell's error were counted that often, with weights of mean 1."""
+    zero = lambda x, sigma, past: jnp.zeros_like(x)
+    focus = tuple(tuple(float(1 + 3 * (i == 1 and j > 1)) for j in range(4)) for i in range(2))
+    loss, metrics = DiffusionForcing(bell=bell, focus=focus)(zero, X, KEY, 3)
+    each = []
+    for i in range(2):
+        for j in range(4):
+            alone = tuple(tuple(float((i, j) == (k, l)) for l in range(4)) for k in range(2))
+            each.append(focus[i][j] * DiffusionForcing(bell=bell, focus=alone)(zero, X, KEY, 3)[0])
+    np.testing.assert_allclose(loss, sum(map(float, each)) / np.sum(focus), rtol=1e-5)
+    plain = DiffusionForcing(bell=bell)(zero, X, KEY, 3)[1]["flow_error"]
+    np.testing.assert_allclose(metrics["flow_error"], plain, rtol=1e-6)
+    with pytest.raises(LiveAvatarError, match=r"focus weights \(2, 3\) rows and columns"):
+        DiffusionForcing(focus=((1.0, 1.0, 1.0),) * 2)(zero, X, KEY, 3)
 
 
 @pytest.mark.parametrize("augment", [0.0, 0.3])

@@ -7,6 +7,7 @@ from flax import nnx
 from liveavatar_jax.config import LATENT_MEAN, VAEConfig
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
 from liveavatar_jax.models.vae import VAE, CausalConv, denormalise, normalise
+from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.rules import export, load
 from liveavatar_jax.weights.vae import VAE_RULES, vae_config
@@ -24,7 +25,7 @@ decode = jax.jit(lambda vae, latents, cache: vae.decode(latents, cache))
 # As small presets have it: 4 frames and 4×4 pixels a latent, space halved once, time twice.
 PATCHED = VAEConfig(
     dim=4, dim_mult=(1, 2, 2), res_blocks=1, time_down=(True, True), space_down=(True, False),
-    time_taps=(1, 3, 3), patch=2, thumbnail=True,
+    time_taps=(1, 3, 3), patch=2, shortcut=True,
 )  # fmt: skip
 
 
@@ -200,15 +201,21 @@ def test_small_forms_stream_as_the_published_one_does(patched):
     assert_close(in_calls(decode, patched, latents, (1, 2)), frames)
 
 
-def test_a_thumbnail_carries_colours_past_all_weights(patched):
-    """With weights of zero, the mean colour of every cell comes back."""
-    bare = jax.tree.map(jnp.zeros_like, patched)
-    tones = jnp.repeat(noise(1, 1, 1, 1, 3), 5, axis=1) * 0.1
-    moments, _ = bare.posterior(jnp.broadcast_to(tones, (1, 5, 4, 4, 3)))
-    np.testing.assert_allclose(moments[0, :, 0, 0, :3], tones[0, :2, 0, 0], atol=1e-6)
-    assert not moments[..., 3:].any()
+def test_a_shortcut_alone_is_a_linear_coder(patched):
+    """With all other weights zero, the maps of pixels and back are what remains; the first frame
+    counts as one that stands still."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(192, Z)))[0].astype(np.float32)
+    maps = {"look.kernel": jnp.asarray(basis), "show.kernel": jnp.asarray(basis.T)}
+    bare = replace(patched, leaves(jax.tree.map(jnp.zeros_like, patched)) | maps)
+    video = noise(1, 5, 4, 4, 3)
+    moments, _ = bare.posterior(video)
+    group = lambda frames: np.asarray(frames).reshape(192)
+    want = np.stack([group(np.repeat(video[:, :1], 4, axis=1)), group(video[:, 1:])]) @ basis
+    np.testing.assert_allclose(moments[0, :, 0, 0, :Z], want, atol=1e-5)
+    assert not moments[..., Z:].any()
     frames, _ = bare.decode(normalise(moments[..., :Z], PATCHED))
-    np.testing.assert_allclose(frames, jnp.broadcast_to(tones, frames.shape), atol=1e-5)
+    back = (want @ basis.T).reshape(2, 4, 4, 4, 3)
+    np.testing.assert_allclose(frames[0], np.concatenate([back[0, -1:], back[1]]), atol=1e-4)
 
 
 def test_initial_weights_keep_the_scale_of_what_passes():

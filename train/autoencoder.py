@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
-from liveavatar_jax.config import VAEConfig
 from liveavatar_jax.data import puppet
 from liveavatar_jax.devices import prepare
 from liveavatar_jax.models.vae import VAE, normalise
 from liveavatar_jax.parallel import hosts
+from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import Array, Float, Key, LiveAvatarError, UInt8, struct
 from train.checkpoints import Checkpoints
 from train.experiment import Autoencoder
@@ -31,7 +32,10 @@ from train.run import load
 from train.signals import stopping
 from train.state import Learner, Metrics, averaged, begin, learn
 
+MAY_DIFFER = ("save_every", "keep", "judge_every")  # when a run goes on
 JUDGED = 24  # clips that the decoder is measured on
+CLOSED = ("conv2.kernel", "out.kernel")  # what residuals and attention end with
+PEOPLE = 256  # puppets whose pixels the first code is made from
 POINTS = 3  # frames between two random targets of a mouth
 
 
@@ -63,17 +67,42 @@ def drawn(key: Key[Array, ""], batch: int, frames: int, size: int) -> Clips:
     part = jnp.asarray(part / POINTS, jnp.float32)[None, :, None]
     mouth = points[:, low] * (1 - part) + points[:, low + 1] * part
     pose = puppet.gestures(jax.random.normal(keys[4], shape), mood, mouth)
-    at = puppet.regions(who, pose, size)
-    return Clips(video=puppet.draw(who, pose, size), mouth=at.mouth, eyes=at.eyes)
+    at: Any = puppet.regions(who, pose, size)
+    video: Any = puppet.draw(who, pose, size)
+    return Clips(video=video, mouth=at.mouth, eyes=at.eyes)
 
 
-def fresh(cfg: VAEConfig, key: Key[Array, ""]) -> VAE:
-    """A VAE that has learnt nothing, whose posterior is narrow: as wide as its means, it would
-    drown them, and nothing would be learnt for long."""
-    vae = VAE(cfg, rngs=nnx.Rngs(key))
-    bias = vae.to_moments.bias[...]
-    vae.to_moments.bias = nnx.Param(bias.at[cfg.z_dim :].set(-5.0))
-    return vae
+def fresh(exp: Autoencoder, key: Key[Array, ""]) -> VAE:
+    """A VAE that has learnt nothing but the best linear code, by its shortcut. Its residuals add
+    nothing yet, or thirty of them make nearly the same of any picture; and its posterior is
+    narrow: as wide as its means, it would drown them."""
+    cfg, keys = exp.vae, jax.random.split(key)
+    vae = VAE(cfg, rngs=nnx.Rngs(keys[0]))
+    known = leaves(vae)
+    new = {path: jnp.zeros_like(x) for path, x in known.items() if path.endswith(CLOSED)}
+    new["to_moments.bias"] = known["to_moments.bias"].at[cfg.z_dim :].set(-5.0)
+    if cfg.shortcut:
+        for path in ("to_moments.kernel", "decoder.head.conv.kernel"):
+            new[path] = jnp.zeros_like(known[path])
+        middle, look, show = components(exp, keys[1])
+        new |= {"look.kernel": look, "look.bias": -middle @ look}
+        new |= {"show.kernel": show, "show.bias": middle}
+    return replace(vae, known | new)
+
+
+def components(exp: Autoencoder, key: Key[Array, ""]) -> tuple[Array, Array, Array]:
+    """Mean of the pixels of a latent, and maps to their principal components, each of unit
+    variance, and back; a quarter of the cells stand still, as first frames do."""
+    size, group = exp.vae.pixels_per_latent, exp.vae.frames_per_latent
+    video = drawn(key, PEOPLE, group, exp.size).video
+    still = jnp.repeat(video[: PEOPLE // 4, :1], group, axis=1)
+    video = jnp.concatenate([video[PEOPLE // 4 :], still])
+    cells = rearrange(video, "b f (h p) (w q) c -> (b h w) (f p q c)", p=size, q=size)
+    middle = jnp.mean(cells, axis=0)
+    apart = cells - middle[None]
+    power, axes = jnp.linalg.eigh(apart.T @ apart / len(cells))
+    axes, spread = axes[:, -exp.vae.z_dim :], jnp.sqrt(power[-exp.vae.z_dim :])
+    return middle, axes / spread[None], (axes * spread[None]).T
 
 
 def loss(exp: Autoencoder, vae: VAE, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
@@ -111,7 +140,7 @@ def piecewise(code: Any, x: Float[Array, "b f h w c"], size: int) -> Float[Array
 
 
 def start(exp: Autoencoder) -> State:
-    vae = fresh(exp.vae, jax.random.key(exp.seed))
+    vae = fresh(exp, jax.random.key(exp.seed))
     return State(begin(vae, exp.optimiser), jax.tree.map(jnp.copy, vae))
 
 
@@ -161,13 +190,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def latest(exp: Autoencoder, out: Path) -> State:
+    """The state of the newest step of a run. Raises LiveAvatarError when there is none."""
+    with Checkpoints(out, exp, keep=exp.keep, may_differ=MAY_DIFFER) as save:
+        return save.restore(jax.eval_shape(functools.partial(start, exp)))[0]
+
+
 def train(exp: Autoencoder, out: Path) -> int:
     """The loop. Returns the exit code."""
     begun = functools.partial(start, exp)
     measure = jax.jit(functools.partial(judge, exp))
     step_of = jax.jit(functools.partial(train_step, exp), donate_argnums=0)
-    may = ("save_every", "keep", "judge_every")
-    with Checkpoints(out, exp, keep=exp.keep, may_differ=may) as save:
+    with Checkpoints(out, exp, keep=exp.keep, may_differ=MAY_DIFFER) as save:
         done = save.latest or 0
         state = save.restore(jax.eval_shape(begun))[0] if done else jax.jit(begun)()
         with (

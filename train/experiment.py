@@ -40,6 +40,8 @@ class Forcing:
 
     weights: folder of `liveavatar-jax convert`; random weights of `seed` without.
     start: what the student begins with: a LoRA file for adapters, else a converted folder.
+    motion: what the motion frames show: "motion", what was before the clip, or "still", the
+    reference standing still, as in a stream.
     scaffold: in stage 1, every motion latent is noised to a random level of its own, so that the
     student looks at its past and not at them.
     positions: the clip stands at a random latent frame up to here.
@@ -51,6 +53,7 @@ class Forcing:
     adapters: Adapters | None = Adapters()
     objective: nnx.Module = dataclasses.field(default_factory=DiffusionForcing)
     optimiser: optax.GradientTransformation = dataclasses.field(default_factory=lambda: adam(1e-5))
+    motion: str = "motion"
     scaffold: bool = True
     positions: int = 0
     clip: float | None = 10.0
@@ -72,6 +75,8 @@ class Forcing:
         for name in ("steps", "accumulate", "save_every", "keep"):
             insist(getattr(self, name) >= 1, self, name, "be at least 1")
         insist(self.positions >= 0, self, "positions", "be at least 0")
+        known = self.motion in ("motion", "still")
+        insist(known, self, "motion", 'be "motion" or "still"')
         for name in ("sample_every", "keep_every"):
             value = getattr(self, name)
             insist(value is None or value >= 1, self, name, "be None or at least 1")
@@ -152,14 +157,15 @@ class Autoencoder:
 
     frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
     focus: weight of mouth and eyes. edges: of the pictures' gradients. divergence: of the
-    posterior from the unit normal. rate: falls to nothing along half a cosine.
+    posterior from the unit normal. rate: rises for `warm` steps, and falls along half a cosine.
     """
 
     vae: VAEConfig
     size: int = 64
     batch: int = 4
     frames: int = 9
-    rate: float = 2e-3
+    rate: float = 5e-4
+    warm: int = 100
     focus: float = 3.0
     edges: float = 0.7
     divergence: float = 3e-4
@@ -181,4 +187,5 @@ class Autoencoder:
 
     @property
     def optimiser(self) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(self.rate, self.steps), 0.9, 0.98)
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, self.warm, self.steps)
+        return optax.adam(rate, 0.9, 0.98)

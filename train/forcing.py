@@ -1,4 +1,5 @@
-"""Stage 1, diffusion forcing: the causal student learns on real clips, block by block.
+"""Stage 1, diffusion forcing: the causal student learns on real clips, block by block. With the
+objective `FlowMatching` it is a teacher that learns, which looks both ways.
 
     python -m train.forcing configs/forcing_tiny.py --out runs/forcing
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from liveavatar_jax.diffusion.flow import add_noise
 from liveavatar_jax.models.attention import Layout
-from liveavatar_jax.models.clip import causal
+from liveavatar_jax.models.clip import bidirectional, causal
 from liveavatar_jax.types import Array, Float, Key
 from train.experiment import Forcing
 from train.networks import Batch, Frozen, conditioned, initial, network
@@ -60,7 +61,7 @@ def loss(
     """The objective on a batch, at random places of longer videos, with noised motion."""
     cfg, dit = exp.model.stream, network(exp, frozen, params)
     keys = jax.random.split(key, 5)
-    clean, motion = batch["latents"].astype(jnp.float32), batch["motion"].astype(jnp.float32)
+    clean, motion = batch["latents"].astype(jnp.float32), batch[exp.motion].astype(jnp.float32)
     b, f = clean.shape[:2]
     if exp.scaffold:
         sigma = jax.random.uniform(keys[0], (*motion.shape[:2], 1, 1, 1))
@@ -69,16 +70,19 @@ def loss(
     blocks = -(-f // cfg.block_frames)
     distance = jax.random.randint(keys[2], (b, blocks), near, far + 1)
     position = jax.random.randint(keys[3], (b,), 0, exp.positions + 1)
-    given = conditioned(exp, dit, batch, motion, by_block=True)
+    objective: Any = exp.objective
+    given = conditioned(exp, dit, batch, motion, by_block=objective.causal)
 
     def velocity(x: Array, sigma: Array, past: Array | None) -> Array:
+        if not objective.causal:
+            return bidirectional(dit, x.astype(cfg.dtype), sigma[:, 0], given, layout)
         past = None if past is None else past.astype(cfg.dtype)
         return causal(
             dit, x.astype(cfg.dtype), sigma, given, block_frames=cfg.block_frames,
             window=cfg.ring_blocks, position=position, distance=distance, past=past, layout=layout,
         )  # fmt: skip
 
-    return exp.objective(velocity, clean, keys[4], cfg.block_frames)
+    return objective(velocity, clean, keys[4], cfg.block_frames)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,24 +105,43 @@ class DiffusionForcing(nnx.Module):
     """Flow matching with a noise level of its own for each block (arXiv 2407.01392).
 
     Levels are rows of the training schedule, drawn uniformly; `bell` weights them as published,
-    around the middle of the shifted timesteps.
+    around the middle of the shifted timesteps. `focus` weights rows and columns of the latents.
     """
 
-    def __init__(self, shift: float = 5.0, bell: bool = True):
-        self.shift, self.bell = shift, bell
+    causal = True  # the network sees no later block
+
+    def __init__(
+        self,
+        shift: float = 5.0,
+        bell: bool = True,
+        focus: tuple[tuple[float, ...], ...] | None = None,
+    ):
+        self.shift, self.bell, self.focus = shift, bell, focus
 
     def __call__(
         self, velocity: Callable[..., Clip], clean: Clip, key: Key[Array, ""], block_frames: int
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss of `velocity(x, sigma "b f", past)`; `past` is None here."""
+        """The loss of `velocity(x, sigma "b f", past)`; `past` is None here.
+
+        Raises LiveAvatarError when `focus` has another grid than the latents.
+        """
         row, noise = self._draw(clean, key, block_frames)
         levels, weight = (jnp.asarray(table)[row] for table in training_levels(self.shift))
         x = add_noise(clean, noise, _over(levels, clean))
         past = self._past(clean, key, block_frames)
         error = (_wide(velocity(x, levels, past)) - target(clean, noise)) ** 2
+        seen = {"flow_error": jnp.mean(error)}
+        if self.focus is not None:
+            focus = jnp.asarray(self.focus)
+            if focus.shape != clean.shape[2:4]:
+                raise LiveAvatarError(
+                    f"focus weights {focus.shape} rows and columns of latents that have "
+                    f"{clean.shape[2:4]}"
+                )
+            seen["focus_error"] = jnp.mean(error * _grid(focus))
+            error = error * _grid(focus)
         error = jnp.mean(error, axis=(2, 3, 4))
-        plain = jnp.mean(error)
-        return jnp.mean(weight * error) if self.bell else plain, {"flow_error": plain}
+        return jnp.mean(weight * error) if self.bell else jnp.mean(error), seen
 
     def _draw(self, clean: Clip, key: Key[Array, ""], size: int) -> tuple[Array, Clip]:
         b, f = clean.shape[:2]
@@ -140,8 +159,14 @@ class TeacherForcing(DiffusionForcing):
     """Flow matching where each block sees the real ones before it, for a student whose history
     will be clean. `augment` noises them to random levels up to that; the network is told 0."""
 
-    def __init__(self, shift: float = 5.0, bell: bool = True, augment: float = 0.0):
-        super().__init__(shift, bell)
+    def __init__(
+        self,
+        shift: float = 5.0,
+        bell: bool = True,
+        focus: tuple[tuple[float, ...], ...] | None = None,
+        augment: float = 0.0,
+    ):
+        super().__init__(shift, bell, focus)
         self.augment = augment
 
     def _past(self, clean: Clip, key: Key[Array, ""], size: int) -> Clip | None:
@@ -150,6 +175,15 @@ class TeacherForcing(DiffusionForcing):
         sigma = jax.random.uniform(keys[0], (b, -(-f // size)), maxval=self.augment)
         sigma = jnp.repeat(sigma, size, axis=1)[:, :f]
         return add_noise(clean, jax.random.normal(keys[1], clean.shape), _over(sigma, clean))
+
+
+class FlowMatching(DiffusionForcing):
+    """One noise level a clip, for a network that looks both ways: the teacher of a small preset."""
+
+    causal = False
+
+    def _draw(self, clean: Clip, key: Key[Array, ""], size: int) -> tuple[Array, Clip]:
+        return super()._draw(clean, key, clean.shape[1])
 
 
 # ---- stage 2, the generator's side: what is dL/dx?
@@ -318,6 +352,11 @@ def _realness(scores: Scores, levels: Levels, x: Clip, key: Key[Array, ""]) -> F
 def _distance(x: Clip, real: Clip) -> Float[Array, "b 1 1 1 1"]:
     """Mean distance of each row; the floor keeps a clip that the teacher does not change finite."""
     return jnp.maximum(jnp.mean(jnp.abs(x - real), axis=(1, 2, 3, 4), keepdims=True), 1e-6)
+
+
+def _grid(focus: Float[Array, "h w"]) -> Float[Array, "1 1 h w 1"]:
+    """Weights of mean 1."""
+    return (focus / jnp.mean(focus))[None, None, :, :, None]
 
 
 def _over(value: Array, x: Array) -> Array:

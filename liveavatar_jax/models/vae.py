@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
@@ -168,7 +168,7 @@ class Head(nnx.Module):
 
 
 def middle(cfg: VAEConfig, c: int, *, rngs: nnx.Rngs) -> list[nnx.Module]:
-    first, last = (Residual(cfg, c, c, rngs=rngs) for _ in range(2))
+    first, last = (Residual(cfg, c, c, cfg.taps[-1], rngs=rngs) for _ in range(2))
     return [first, Attention(cfg, c, rngs=rngs), last]
 
 
@@ -231,6 +231,9 @@ class VAE(nnx.Module):
         self.to_moments = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
+        pixels = 3 * cfg.frames_per_latent * cfg.pixels_per_latent**2
+        make = lambda *sizes: Linear(*sizes, cfg.param_dtype, rngs=rngs) if cfg.shortcut else None
+        self.look, self.show = make(pixels, cfg.z_dim), make(cfg.z_dim, pixels)
 
     def encode(
         self, video: Float[Array, "b F H W _"], cache: FeatureCache | None = None
@@ -285,21 +288,22 @@ class VAE(nnx.Module):
     def _moments(self, frames, cache):
         features, cache = _run(self.encoder.layers, _folded(frames, self.cfg.patch), cache)
         moments = self.to_moments(features)
-        if self.cfg.thumbnail:
-            size, f = self.cfg.pixels_per_latent, frames.shape[1]
-            cells = "b (one f) (h p) (w q) c -> b one h w c"
-            colours = reduce(frames, cells, "mean", f=f, p=size, q=size)
-            rest = moments.shape[-1] - colours.shape[-1]
-            moments = moments + jnp.pad(colours, (*((0, 0),) * 4, (0, rest)))
+        if self.look is not None:  # where a video begins, its first frame stands still
+            still = jnp.repeat(frames, self.cfg.frames_per_latent // frames.shape[1], axis=1)
+            size = self.cfg.pixels_per_latent
+            cells = rearrange(still, "b f (h p) (w q) c -> b 1 h w (f p q c)", p=size, q=size)
+            moments = moments + jnp.pad(self.look(cells), (*((0, 0),) * 4, (0, self.cfg.z_dim)))
         return moments, cache
 
     def _decode_latent(self, latent, cache):
         latent = denormalise(latent, self.cfg)
         features, cache = _run(self.decoder.layers, self.from_latents(latent), cache)
         frames = _unfolded(features, self.cfg.patch)
-        if self.cfg.thumbnail:  # smooth, for edges between its cells would have to be unlearnt
-            shape = (*latent.shape[:2], *frames.shape[2:])
-            frames = frames + jax.image.resize(latent[..., :3], shape, "bilinear")
+        if self.show is not None:
+            size, f = self.cfg.pixels_per_latent, self.cfg.frames_per_latent
+            cells = "b 1 h w (f p q c) -> b f (h p) (w q) c"
+            shown = rearrange(self.show(latent), cells, f=f, p=size, q=size)
+            frames = frames + (shown if frames.shape[1] == f else shown[:, -1:])
         return frames, cache
 
     def _check_video(self, video, begins: bool) -> None:

@@ -164,7 +164,7 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
         cost = conv(c, out, 9 * window) + conv(out, out, 9 * window)
         return cost if c == out else cost + conv(c, out, 1)
 
-    cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c) * 2
+    cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c, vae.taps[-1]) * 2
     cost += conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
     for level, out in enumerate(widths):
         for _ in range(vae.res_blocks + 1):

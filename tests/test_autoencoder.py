@@ -1,0 +1,95 @@
+"""The VAE's own stage: what it begins with, that it learns, and that it goes on where it was."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.paths import leaves
+from liveavatar_jax.types import LiveAvatarError
+from train import autoencoder
+from train.experiment import Autoencoder
+
+VAE = VAEConfig(
+    dim=8, dim_mult=(1, 1), res_blocks=1, time_down=(True,), patch=4, time_taps=(1, 1),
+    shortcut=True, z_dim=12, latent_mean=(0.0,) * 12, latent_std=(1.0,) * 12,
+)  # fmt: skip
+EXP = Autoencoder(VAE, size=16, batch=3, frames=5, steps=4, save_every=2, judge_every=4, warm=1)
+CONFIG = """
+import dataclasses
+from train.experiment import Autoencoder
+from liveavatar_jax.config import VAEConfig
+def config():
+    return {exp!r}
+"""
+
+
+def test_it_begins_as_the_best_linear_code():
+    """No other linear code of as many numbers is closer to these cells, but for the sample."""
+    vae = jax.jit(functools.partial(autoencoder.fresh, EXP))(jax.random.key(0))
+    video = autoencoder.drawn(jax.random.key(5), 64, 3, 16).video
+    moments, _ = vae.posterior(video)
+    made, _ = vae.decode(moments[..., :12])
+    cells = np.asarray(video[:, 1:]).reshape(64, 2, 2, 8, 2, 8, 3)
+    cells = cells.transpose(0, 2, 4, 1, 3, 5, 6).reshape(256, -1)
+    middle = cells.mean(axis=0)
+    power = np.linalg.svd(cells - middle, compute_uv=False) ** 2
+    best = power[12:].sum() / cells.size
+    error = float(jnp.mean((made[:, 1:] - video[:, 1:]) ** 2))
+    assert best < error < 1.6 * best
+    np.testing.assert_allclose(moments[..., 12:], -5.0, atol=1e-5)
+    assert 0.5 < float(moments[..., :12].std()) < 1.5
+
+
+@pytest.mark.slow
+def test_it_learns():
+    """On puppets that it has not seen."""
+    exp = dataclasses.replace(EXP, steps=80, rate=1e-3, warm=5)
+    state = jax.jit(functools.partial(autoencoder.start, exp))()
+    step = jax.jit(functools.partial(autoencoder.train_step, exp), donate_argnums=0)
+    error = jax.jit(lambda vae: autoencoder.loss(exp, vae, jax.random.key(9))[0])
+    before = error(state.learner.params)
+    for _ in range(exp.steps):
+        state, _ = step(state)
+    assert error(state.learner.params) < 0.985 * before
+
+
+class Twice:
+    """A stop that is asked for in the second step."""
+
+    code, calls = 0, 0
+
+    def agreed(self) -> bool:
+        self.calls += 1
+        return self.calls == 2
+
+
+def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    config = tmp_path / "small.py"
+    config.write_text(CONFIG.format(exp=EXP))
+    run = lambda name, *more: autoencoder.main([str(config), "--out", str(tmp_path / name), *more])
+    assert run("whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder, "stopping", lambda: contextlib.nullcontext(Twice()))
+        assert run("parts") == 0
+    assert not (tmp_path / "parts" / "samples").exists()
+    assert run("parts") == 0
+    whole, parts = (autoencoder.latest(EXP, tmp_path / name) for name in ("whole", "parts"))
+    for path, leaf in leaves(whole.average).items():
+        np.testing.assert_array_equal(leaf, leaves(parts.average)[path], path)
+    assert (tmp_path / "whole" / "samples" / "0000004-sample.mp4").is_file()
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"frames": 4}, r"frames = 4 must be 1 \+ 2 k"),
+    ({"size": 20}, "size = 20 must divide by 8"),
+    ({"batch": 0}, "batch = 0 must be at least 1"),
+])  # fmt: skip
+def test_a_config_that_makes_no_sense_is_refused(wrong, words):
+    with pytest.raises(LiveAvatarError, match=words):
+        dataclasses.replace(EXP, **wrong)
