@@ -74,6 +74,17 @@ def export(
     return step
 
 
+def weights(
+    run: str | Path, part: str = "student", step: int | None = None
+) -> tuple[int, dict[str, np.ndarray]]:
+    """The step, and a part of its state under our own names. Raises as `export` does."""
+    step, _ = checkpoints.stored(run, step)
+    known = checkpoints.shapes(run, step)
+    part = _within(known, part, f"step {step} of {run}")
+    ours = {path.removeprefix(part): x for path, x in known.items() if path.startswith(part)}
+    return step, _read(run, step, part, ours, None)
+
+
 def read_lora(
     lora: Path, module: Any, *, alpha: float | None = None, dtype: str | None = None
 ) -> tuple[dict[str, Factors], float]:

@@ -232,7 +232,7 @@ class VAE(nnx.Module):
         self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
         pixels = 3 * cfg.frames_per_latent * cfg.pixels_per_latent**2
-        make = lambda *sizes: Linear(*sizes, cfg.param_dtype, rngs=rngs) if cfg.shortcut else None
+        make = lambda c, out: Linear(c, out, cfg.param_dtype, rngs=rngs) if cfg.shortcut else None
         self.look, self.show = make(pixels, cfg.z_dim), make(cfg.z_dim, pixels)
 
     def encode(

@@ -1,0 +1,39 @@
+"""Stage 2 of the puppet preset: self-forcing DMD to 4 steps.
+
+uv run --extra train --extra puppet python -m train.preset --until preset
+"""
+
+import optax
+
+from liveavatar_jax.data.clips import DataConfig, Source
+from liveavatar_jax.diffusion.losses import DMD, Critic, Guidance, Levels
+from liveavatar_jax.diffusion.rollout import Policy
+from liveavatar_jax.weights.checkpoint import load_config
+from train.experiment import Distill, Schedule
+from train.preset import MODEL, OUT, SHARDS
+
+STEPS = 1500
+
+
+def config() -> Distill:
+    adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, STEPS, 0.05), 0.0, 0.99)
+    levels = Levels(shift=2.0)
+    return Distill(
+        model=load_config(MODEL),
+        weights=str(OUT / "teacher_model"),
+        start=str(OUT / "forcing_model"),
+        adapters=None,
+        objective=DMD(Guidance(1.0, 1.0), levels),
+        critic=Critic(levels),
+        optimiser=adam(5e-5),
+        critic_optimiser=adam(2e-4),
+        schedule=Schedule(5),
+        policy=Policy(positions=3000, exits=(0.0, 0.0, 0.0, 1.0)),
+        clip=1.0,
+        average=0.99,
+        average_from=20,
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first"),
+        steps=STEPS,
+        save_every=100,
+        keep=2,
+    )  # fmt: skip

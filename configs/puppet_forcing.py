@@ -1,0 +1,36 @@
+"""Stage 1 of the puppet preset: the teacher becomes causal.
+
+uv run --extra train --extra puppet python -m train.preset --until "pack forcing"
+"""
+
+import optax
+
+from liveavatar_jax.data.clips import DataConfig, Source
+from liveavatar_jax.diffusion.losses import DiffusionForcing
+from liveavatar_jax.weights.checkpoint import load_config
+from train.experiment import Forcing
+from train.preset import MODEL, OUT, SHARDS, focus
+
+STEPS = 2000
+
+
+def config() -> Forcing:
+    rate = optax.warmup_cosine_decay_schedule(0.0, 6e-4, 50, STEPS, 3e-5)
+    return Forcing(
+        model=load_config(MODEL),
+        start=str(OUT / "teacher_model"),
+        adapters=None,
+        objective=DiffusionForcing(shift=1.0, bell=False, focus=focus()),
+        optimiser=optax.adam(rate, 0.9, 0.98),
+        motion="still",
+        scaffold=False,
+        positions=3000,
+        clip=1.0,
+        average=0.995,
+        average_from=50,
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
+                        drop_text=0.1),
+        steps=STEPS,
+        save_every=100,
+        keep=2,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""The teacher of the puppet preset: it sees whole clips, both ways, at one noise level each.
+
+uv run --extra train --extra puppet python -m train.preset --until "pack teacher"
+"""
+
+import optax
+
+from liveavatar_jax.data.clips import DataConfig, Source
+from liveavatar_jax.diffusion.losses import FlowMatching
+from liveavatar_jax.weights.checkpoint import load_config
+from train.experiment import Forcing
+from train.preset import MODEL, SHARDS, focus
+
+STEPS = 4000
+
+
+def config() -> Forcing:
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, STEPS, 5e-5)
+    return Forcing(
+        model=load_config(MODEL),
+        adapters=None,
+        objective=FlowMatching(shift=1.0, bell=False, focus=focus()),
+        optimiser=optax.adam(rate, 0.9, 0.98),
+        motion="still",
+        scaffold=False,
+        clip=1.0,
+        average=0.995,
+        average_from=50,
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
+                        drop_text=0.1, drop_audio=0.05),
+        steps=STEPS,
+        save_every=100,
+        keep=2,
+    )  # fmt: skip

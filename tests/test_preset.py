@@ -1,0 +1,66 @@
+"""The puppet preset before it is trained: what its parts are, and that they fit each other."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.models.audio import PAST
+from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights import checkpoint, packed
+from train import preset
+from train.experiment import Autoencoder, Distill, Forcing
+from train.run import load
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VAE = load(CONFIGS / "puppet_vae.py", (Autoencoder,))
+
+
+def model() -> ModelConfig:
+    return preset.networks(VAE.vae, VAE.size)
+
+
+def test_it_ships_in_thirty_megabytes():
+    count = lambda which: sum(x.size for x in jax.tree.leaves(checkpoint.abstract(model(), which)))
+    weights = sum(map(count, ("dit", "vae")))
+    there = sum(file.stat().st_size for file in preset.SHIPPED.iterdir() if file.stem != "dit")
+    assert 2 * weights + there < 30e6
+
+
+def test_it_hears_no_further_than_120_ms_and_has_the_frames_of_the_big_one():
+    cfg = model()
+    assert cfg.mel is not None and cfg.mel.future <= 0.120 * 16_000
+    assert cfg.mel.made == (cfg.dit.audio_layers, cfg.dit.audio_dim)
+    assert (cfg.vae.pixels_per_latent, cfg.vae.frames_per_latent) == (8, 4)
+    assert (cfg.stream.block_frames, cfg.stream.ring_blocks, cfg.stream.steps) == (3, 4, 4)
+    dit = checkpoint.abstract(cfg, "dit")
+    frames = jax.ShapeDtypeStruct((1, 1, PAST + 12, *cfg.mel.made), np.float32)
+    tokens = jax.eval_shape(lambda dit, x: dit.audio(x), dit, frames)
+    assert tokens.global_.shape[2] == 3
+
+
+def test_its_stages_follow_each_other(tmp_path, monkeypatch):
+    """With the model's folder there, the three configs load and train one network."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LiveAvatarError):
+        load(CONFIGS / "puppet_teacher.py", (Forcing,))
+    packed.pack(preset.MODEL, model(), {})
+    kinds = {"teacher": Forcing, "forcing": Forcing, "distill": Distill}
+    stages = {name: load(CONFIGS / f"puppet_{name}.py", (kind,)) for name, kind in kinds.items()}
+    assert all(stage.model == model() for stage in stages.values())
+    assert not stages["teacher"].objective.causal and stages["forcing"].objective.causal
+    assert stages["forcing"].start == stages["distill"].weights
+    focus = np.array(stages["teacher"].objective.focus)
+    assert focus.shape == (VAE.size // 8,) * 2
+
+
+def test_a_vae_that_is_not_done_is_not_built_upon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = dataclasses.replace(VAE, steps=VAE.steps)
+    monkeypatch.setattr(preset, "load", lambda *_: short)
+    monkeypatch.setattr(preset.export, "weights", lambda *_: (250, {}))
+    with pytest.raises(LiveAvatarError, match=rf"is at step 250 of {VAE.steps}; let it finish"):
+        preset.make_model()

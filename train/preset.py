@@ -1,0 +1,186 @@
+"""The puppet preset, from nothing to what is shipped:
+
+    python -m train.preset                  everything that is missing, below runs/puppet
+    python -m train.preset --until shards   up to a part
+
+    vae             configs/puppet_vae.py
+    model           the config of all networks, with the spread of the VAE's latents
+    shards          clips, drawn and encoded
+    teacher         configs/puppet_teacher.py: both ways, many steps
+    forcing         configs/puppet_forcing.py: stage 1
+    distill         configs/puppet_distill.py: stage 2
+    preset          all weights in 16 bits, as they are shipped
+    clips, judge    held-out puppets, and `liveavatar-jax evaluate` on them
+
+Each part is a command of its own that goes on where it was, so this one does: stop it at any
+moment and start it again. What reads captions and pictures (`train.text`, `train.readers`) is
+taken as it is shipped, for what is trained here has learnt its rows.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from liveavatar_jax.config import DiTConfig, MelConfig, ModelConfig, StreamConfig, VAEConfig
+from liveavatar_jax.models.vae import VAE
+from liveavatar_jax.paths import replace
+from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights import checkpoint, packed
+from liveavatar_jax.weights.convert import TOKENIZER
+from train import autoencoder, export
+from train.experiment import Autoencoder
+from train.run import load
+from train.text import TEXT, TEXT_LEN
+
+OUT = Path("runs/puppet")
+SHIPPED = packed.PRESETS / packed.PRESET
+MODEL, SHARDS, PRESET = OUT / "model", OUT / "shards", OUT / "preset"
+CLIPS = 2000  # to train
+LATENTS = 21  # of a clip: 7 blocks
+MEASURED = 64  # puppets that the spread of latents is taken from
+
+
+def networks(vae: VAEConfig, size: int) -> ModelConfig:
+    """The preset's model around a VAE."""
+    mel = MelConfig(bins=40, layers=16, ahead=12, flat=True)
+    layers, width = mel.made
+    dit = DiTConfig(
+        dim=192, ffn_dim=768, heads=6, layers=6, freq_dim=128, text_dim=TEXT.dim,
+        text_len=TEXT_LEN, audio_dim=width, audio_layers=layers, audio_tokens=4,
+        inject_layers=(0, 1, 3, 5), param_dtype="float32",
+    )  # fmt: skip
+    stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", dtype="float32")
+    return ModelConfig(dit=dit, vae=vae, text=TEXT, stream=stream, mel=mel, size=size)
+
+
+def focus() -> tuple[tuple[float, ...], ...]:
+    """How much the cells of 8 x 8 latents count: where mouths are, four times."""
+    rows, columns = range(4, 7), range(2, 6)
+    return tuple(tuple(4.0 if y in rows and x in columns else 1.0 for x in range(8))
+                 for y in range(8))  # fmt: skip
+
+
+# ---- the parts
+
+
+def command(*words: str | Path) -> Callable[[], None]:
+    """A part that is a command of its own; what it says is enough where it fails."""
+
+    def run() -> None:
+        code = subprocess.call([sys.executable, "-m", *map(str, words)])
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise LiveAvatarError(f"python -m {' '.join(map(str, words))} ended with {code}")
+
+    return run
+
+
+def make_model() -> None:
+    """Config, VAE and text encoder, for everything after the VAE."""
+    exp = load(Path("configs/puppet_vae.py"), (Autoencoder,))
+    step, arrays = export.weights(OUT / "vae", "average")
+    if step < exp.steps:
+        raise LiveAvatarError(f"{OUT / 'vae'} is at step {step} of {exp.steps}; let it finish")
+    vae = replace(jax.eval_shape(lambda: VAE(exp.vae, rngs=nnx.Rngs(0))), _on_device(arrays))
+    middle, spread = (tuple(map(float, x)) for x in jax.jit(functools.partial(_spread, exp))(vae))
+    cfg = dataclasses.replace(exp.vae, latent_mean=middle, latent_std=spread)
+    vae = replace(jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))), _on_device(arrays))
+    _copy(SHIPPED, ("text.safetensors", TOKENIZER), MODEL)
+    packed.pack(MODEL, networks(cfg, exp.size), {"vae": vae})
+
+
+def _spread(exp: Autoencoder, vae: VAE) -> tuple[Any, Any]:
+    """Mean and deviation of each channel."""
+    clips = autoencoder.drawn(jax.random.key(77), MEASURED, exp.frames, exp.size)
+    latents, _ = vae.encode(clips.video)
+    return jnp.mean(latents, axis=(0, 1, 2, 3)), jnp.std(latents, axis=(0, 1, 2, 3))
+
+
+def pack_dit(run: Path, out: Path) -> Callable[[], None]:
+    """The average of a run's student beside the other networks."""
+
+    def make() -> None:
+        cfg = checkpoint.load_config(MODEL)
+        _, arrays = export.weights(run, "average")
+        dit = replace(checkpoint.abstract(cfg, "dit"), _on_device(arrays))
+        _copy(MODEL, ("vae.safetensors", "text.safetensors", TOKENIZER), out)
+        packed.pack(out, cfg, {"dit": dit}, "float32" if out != PRESET else "float16")
+
+    return make
+
+
+def make_preset() -> None:
+    """All that `liveavatar_jax/presets/puppet` needs; to be copied there if it is the better."""
+    pack_dit(OUT / "distill", PRESET)()
+    rest = ("readers.safetensors", packed.PORTRAIT, packed.SPEECH, "LICENSE-speech", "README.md")
+    _copy(SHIPPED, rest, PRESET)
+
+
+def _on_device(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {path: jnp.asarray(array) for path, array in arrays.items()}
+
+
+def _copy(source: Path, names: Sequence[str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copy(source / name, out / name)
+
+
+def parts() -> dict[str, Callable[[], None]]:
+    train = lambda stage, name: command(
+        f"train.{stage}", f"configs/puppet_{name}.py", "--out", OUT / name
+    )
+    return {
+        "vae": train("autoencoder", "vae"),
+        "model": make_model,
+        "shards": command("train.puppets", "--model", MODEL, "--out", SHARDS, "--count",
+                          str(CLIPS), "--latents", str(LATENTS)),
+        "teacher": train("forcing", "teacher"),
+        "pack teacher": pack_dit(OUT / "teacher", OUT / "teacher_model"),
+        "forcing": train("forcing", "forcing"),
+        "pack forcing": pack_dit(OUT / "forcing", OUT / "forcing_model"),
+        "distill": train("distill", "distill"),
+        "preset": make_preset,
+        "clips": command("train.clips", "--out", OUT / "clips", "--count", "24"),
+        "judge": command("liveavatar_jax.cli", "evaluate", "--weights", PRESET, "--clips",
+                         OUT / "clips" / "clips.csv", "--out", OUT / "judged"),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 = done, 2 = refused with one sentence, 130 = interrupted."""
+    all_parts = parts()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--until", choices=tuple(all_parts), help="the last part to do")
+    args = parser.parse_args(argv)
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            for name, make in all_parts.items():
+                print(f"== {name}", file=sys.stderr)
+                make()
+                if name == args.until:
+                    break
+            return 0
+        except LiveAvatarError as error:
+            print(f"preset: {error}", file=sys.stderr)
+            return 2
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
