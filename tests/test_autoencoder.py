@@ -29,6 +29,29 @@ def config():
 """
 
 
+@pytest.fixture(autouse=True)
+def simple(monkeypatch):
+    """Clips that cost nothing: smooth, in motion, and with more than a code can hold."""
+
+    def drawn(key, batch, frames, size):
+        noise = jax.random.normal(key, (batch, frames + 1, size // 2, size // 2, 3))
+        video = noise[:, 1:] + 2 * noise[:, :1]
+        video = jnp.tanh(jax.image.resize(video, (batch, frames, size, size, 3), "bilinear"))
+        here = jnp.arange(size) < size // 2
+        mask = jnp.broadcast_to(here.astype(jnp.float32), (batch, frames, size, size))
+        return autoencoder.Clips(video=video, mouth=mask, eyes=1 - mask)
+
+    real = autoencoder.drawn
+    monkeypatch.setattr(autoencoder, "drawn", drawn)
+    return real
+
+
+def test_puppets_are_drawn_as_they_are_needed(simple):
+    clips = jax.eval_shape(lambda key: simple(key, 3, 5, 16), jax.random.key(0))
+    assert clips.video.shape == (3, 5, 16, 16, 3)
+    assert clips.mouth.shape == clips.eyes.shape == (3, 5, 16, 16)
+
+
 def test_it_begins_as_the_best_linear_code():
     """No other linear code of as many numbers is closer to these cells, but for the sample."""
     vae = jax.jit(functools.partial(autoencoder.fresh, EXP))(jax.random.key(0))

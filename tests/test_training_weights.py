@@ -96,6 +96,7 @@ def test_a_student_goes_from_stage_to_stage(run, tmp_path):
     assert "student/dmd_gradient" in json.loads(lines[0])
 
 
+@pytest.mark.slow
 def test_samples_on_a_mesh_are_those_of_one_device(run, tmp_path):
     """The decoder lies on one device, whatever the rest does."""
     seen = []
