@@ -55,8 +55,8 @@ class Found:
     whole: bool | None
 
 
-def read_list(path: Path) -> list[Entry]:
-    """The clips of a csv file. Raises LiveAvatarError, naming line and column."""
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Lines of a csv file that say something, with their numbers. Raises LiveAvatarError."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(n, row) for n, row in enumerate(csv.reader(file), 1) if any(row)]
@@ -68,6 +68,12 @@ def read_list(path: Path) -> list[Entry]:
         ) from None
     if not rows:
         raise LiveAvatarError(f"{path} lists no clips")
+    return rows
+
+
+def read_list(path: Path) -> list[Entry]:
+    """The clips of a csv file. Raises LiveAvatarError, naming line and column."""
+    rows = read_rows(path)
     columns: Sequence[str] = AVSPEECH
     head = [ALIASES.get(cell.strip().lower(), cell.strip().lower()) for cell in rows[0][1]]
     if "id" in head or "file" in head:

@@ -8,7 +8,6 @@ and, where there are, file (the true video), caption (the prompt) and truth, an 
     mouth_box    [F, 4]   top, left, bottom, right in 0..1 of the picture
 """
 
-import csv
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from liveavatar_jax.data.listing import read_rows
 from liveavatar_jax.types import Float, LiveAvatarError
 
 SHAPES = {"mouth": ("F", 3), "mouth_box": ("F", 4), "expression": ()}
@@ -36,16 +36,8 @@ class Take:
 
 def read_takes(path: Path, limit: int | None = None) -> list[Take]:
     """The first takes of a list, or all. Raises LiveAvatarError, naming line and column."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(n, row) for n, row in enumerate(csv.reader(file), 1) if any(row)]
-    except OSError as error:
-        raise LiveAvatarError(f"cannot read {path}: {str(error.strerror).lower()}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise LiveAvatarError(
-            f"{path} is no csv file in UTF-8 ({error}); export it again"
-        ) from None
-    columns = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    rows = read_rows(path)
+    columns = [cell.strip().lower() for cell in rows[0][1]]
     absent = [name for name in ("id", "image", "audio") if name not in columns]
     if absent:
         raise LiveAvatarError(
