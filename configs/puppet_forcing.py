@@ -31,6 +31,6 @@ def config() -> Forcing:
         data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
                         drop_text=0.1),
         steps=STEPS,
-        save_every=100,
+        save_every=250,
         keep=2,
     )  # fmt: skip

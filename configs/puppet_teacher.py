@@ -11,11 +11,11 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, SHARDS, focus
 
-STEPS = 4000
+STEPS = 3500
 
 
 def config() -> Forcing:
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, STEPS, 5e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1.2e-3, 100, STEPS, 6e-5)
     return Forcing(
         model=load_config(MODEL),
         adapters=None,
@@ -29,6 +29,6 @@ def config() -> Forcing:
         data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
                         drop_text=0.1, drop_audio=0.05),
         steps=STEPS,
-        save_every=100,
+        save_every=250,
         keep=2,
     )  # fmt: skip

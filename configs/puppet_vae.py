@@ -1,4 +1,4 @@
-"""The VAE of the puppet preset: 8x8 pixels and 4 frames a latent, 16 channels.
+"""The VAE of the puppet preset: 8x8 pixels and 4 frames a latent, 24 channels.
 
 uv run --extra train python -m train.autoencoder configs/puppet_vae.py --out runs/puppet/vae
 """
@@ -9,8 +9,15 @@ from train.experiment import Autoencoder
 
 def config() -> Autoencoder:
     vae = VAEConfig(
-        dim=48, dim_mult=(1, 2, 2), res_blocks=1, time_down=(True, True), space_down=(True, False),
-        time_taps=(1, 1, 1), patch=4, shortcut=True, latent_mean=(0.0,) * 16,
-        latent_std=(1.0,) * 16,
-    )  # fmt: skip
-    return Autoencoder(vae, rate=6e-4, steps=9000)
+        dim=160, z_dim=24, cells=(2, 4), latent_mean=(0.0,) * 24, latent_std=(1.0,) * 24
+    )
+    return Autoencoder(
+        vae,
+        rate=2.5e-3,
+        focus=5.0,
+        square=2.0,
+        average=0.999,
+        steps=13_000,
+        judge_every=1500,
+        save_every=1500,
+    )

@@ -120,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="real features for Fréchet distances, as fid=inception.npz")  # fmt: skip
     p.add_argument("--size", help="pixels of a picture, as WIDTH*HEIGHT (default: as generate)")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+                   help="of the model's config, as stream.history=0.0")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--rows", type=int, metavar="N", help="streams at once (default: 8 of small "
                    "pictures, else 1)")  # fmt: skip
@@ -273,6 +275,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             real=real,
             area=None if args.size is None else parse_size(args.size),
             steps=args.steps,
+            changes=tuple(args.set),
             seed=args.seed,
             rows=args.rows,
             dtype=args.dtype,

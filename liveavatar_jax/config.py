@@ -94,9 +94,8 @@ LATENT_STD = (
 class VAEConfig:
     """The causal 3-D VAE of Wan2.1: 4 frames and 8×8 pixels to one latent position.
 
-    Small ones differ by `patch`, pixels that become one position before the first convolution;
-    by levels between which time is halved but space is not; by levels whose convolutions see one
-    frame; and by a `shortcut`, linear maps of a latent's pixels past everything else.
+    Small ones have `cells`: so many residuals of width `dim` in encoder and decoder, all at the
+    size of the latents; of the other sizes only the product counts, 4 frames and 8×8 pixels.
     """
 
     dim: int = 96
@@ -104,38 +103,21 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2
     time_down: tuple[bool, ...] = (False, True, True)
-    space_down: tuple[bool, ...] | None = None  # None: between all levels
-    time_taps: tuple[int, ...] | None = None  # frames that residuals see, 3 or 1; None: 3 each
-    patch: int = 1
-    shortcut: bool = False
+    cells: tuple[int, int] | None = None  # None: the published pyramid of levels
     latent_mean: tuple[float, ...] = LATENT_MEAN
     latent_std: tuple[float, ...] = LATENT_STD
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        levels = len(self.dim_mult)
         for name, length, source in (
-            ("time_down", levels - 1, "dim_mult"),
-            ("space_down", levels - 1, "dim_mult"),
-            ("time_taps", levels, "dim_mult"),
+            ("time_down", len(self.dim_mult) - 1, "dim_mult"),
             ("latent_mean", self.z_dim, "z_dim"),
             ("latent_std", self.z_dim, "z_dim"),
         ):
-            value = getattr(self, name)
-            ok = value is None or len(value) == length
+            ok = len(getattr(self, name)) == length
             insist(ok, self, name, f"have {length} entries, as {source} = {getattr(self, source)}")
-        insist(set(self.taps) <= {1, 3}, self, "time_taps", "be 1 or 3 each")
-        insist(self.patch >= 1, self, "patch", "be at least 1")
-
-    @property
-    def halved(self) -> tuple[bool, ...]:
-        """Whether rows and columns are halved, between each two levels."""
-        return self.space_down or (True,) * (len(self.dim_mult) - 1)
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Frames that residuals see, level by level."""
-        return self.time_taps or (3,) * len(self.dim_mult)
+        known = self.cells is None or min(self.cells) >= 1
+        insist(known, self, "cells", "be None or at least 1 each")
 
     @property
     def frames_per_latent(self) -> int:
@@ -143,7 +125,7 @@ class VAEConfig:
 
     @property
     def pixels_per_latent(self) -> int:
-        return self.patch * 2 ** sum(self.halved)
+        return 2 ** (len(self.dim_mult) - 1)
 
     @classmethod
     def tiny(cls, **changes: Any) -> "VAEConfig":
@@ -252,6 +234,9 @@ class MelConfig:
         return self.ahead * self.HOP
 
 
+NEVER = -(2**30)  # a distance to a sink that so does not roll, in a video of any length
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
     """How blocks follow each other; the defaults are those of the released multi-GPU code."""
@@ -262,7 +247,8 @@ class StreamConfig:
     ring_blocks: int = 4  # blocks that attention sees, the current one included
     history: float | None = None  # level of remembered keys: None = each step's own, 0.0 = clean
     sink_after: int | None = 4  # block before which the sink becomes our own first frame
-    distance: int | tuple[int, int] = (4, 30)  # latent frames from block to sink; a range is drawn
+    distance: int | tuple[int, int] | None = (4, 30)  # latent frames from block to sink, as its
+    # phase rolls along; a range is drawn; None: it never rolls
     audio_past: str = "repeat"  # "repeat" the block's first frame, or the "true" left context
     motion: bool = True  # motion frames (the portrait, standing still) beside the sink
     dtype: str = "bfloat16"  # of latents, activations and caches
@@ -276,7 +262,7 @@ class StreamConfig:
         insist(level, self, "history", "be None or a noise level in [0, 1)")
         late = self.sink_after is None or self.sink_after >= 1
         insist(late, self, "sink_after", "be None or at least 1")
-        near, far = self.distance_range
+        near, far = (0, 0) if self.distance is None else self.distance_range
         insist(0 <= near <= far <= 30, self, "distance", "lie within 0..30, smaller end first")
         known = self.audio_past in ("repeat", "true")
         insist(known, self, "audio_past", 'be "repeat" or "true"')
@@ -290,6 +276,8 @@ class StreamConfig:
 
     @property
     def distance_range(self) -> tuple[int, int]:
+        if self.distance is None:
+            return NEVER, NEVER
         return self.distance if isinstance(self.distance, tuple) else (self.distance, self.distance)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from liveavatar_jax import stream
-from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.config import ModelConfig, change
 from liveavatar_jax.data import speech
 from liveavatar_jax.data.image import fit_portrait, read_picture, to_pixels
 from liveavatar_jax.data.prompt import Tokenizer
@@ -78,7 +78,7 @@ def evaluate(request: Request, embed: Mapping[str, Embed] | None = None) -> Repo
     real = {name: Statistics.load(path) for name, path in request.real.items()}
     eyes = _eyes(request, embed or {})
     _settle(request, takes)
-    cfg = ModelConfig() if request.weights is None else checkpoint.load_config(request.weights)
+    cfg = ModelConfig() if request.weights is None else _config(request)
     jobs = [Job.of(request, i, take, cfg) for i, take in enumerate(takes)]
     if not jobs[0].windows:
         raise LiveAvatarError(f"--seconds {request.seconds:g} leaves no window; give at least 10")
@@ -88,7 +88,7 @@ def evaluate(request: Request, embed: Mapping[str, Embed] | None = None) -> Repo
             _see_videos(request, left, eyes)
         elif left:
             _see_model(request, left, eyes)
-        if request.timing and request.weights is not None:
+        if request.timing and request.weights is not None and not request.changes:
             _report(request, jobs, real)  # compiling once more takes a while
             _time(request, takes[0])
     except KeyboardInterrupt:
@@ -123,11 +123,16 @@ def _eyes(request: Request, embed: Mapping[str, Embed]) -> Eyes:
 # A model
 
 
+def _config(request: Request) -> ModelConfig:
+    assert request.weights is not None
+    return change(checkpoint.load_config(request.weights), request.changes)
+
+
 def _see_model(request: Request, jobs: Sequence[Job], eyes: Eyes) -> None:
     """Streams all jobs, those of one picture size together, long ones with long ones."""
     folder = request.weights
     assert folder is not None
-    cfg = checkpoint.load_config(folder)
+    cfg = _config(request)
     dtype = request.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     policy = dataclasses.replace(cfg.stream, dtype=dtype, steps=request.steps or cfg.stream.steps)
     cfg = dataclasses.replace(cfg, stream=policy)
@@ -308,7 +313,8 @@ def _report(request: Request, jobs: Sequence[Job], real: Mapping[str, Statistics
     about = {
         "model": str(request.weights or request.videos), "list": str(request.clips),
         "protocol": request.protocol, "clips": len(done), "of": len(jobs),
-        "seed": request.seed, "steps": request.steps, "device": jax.devices()[0].device_kind,
+        "seed": request.seed, "steps": request.steps, "changes": list(request.changes),
+        "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     each = {
         job.take.id: [verdict.judged(window) for window in windows]
@@ -352,6 +358,7 @@ def _settle(request: Request, takes: Sequence[Take]) -> None:
         "seconds": request.seconds,
         "area": request.area,
         "steps": request.steps,
+        "changes": list(request.changes),
         "seed": request.seed,
         "dtype": request.dtype,
         "readers": request.readers and digest(request.readers),

@@ -42,6 +42,7 @@ class Request:
     real: Mapping[str, Path] = dataclasses.field(default_factory=dict)  # features, for Fréchet
     area: int | None = None  # of a picture, in pixels; None: as `generate` has it
     steps: int | None = None
+    changes: tuple[str, ...] = ()  # of the model's config, as "stream.history=0.0"
     seed: int = 0
     rows: int | None = None  # streams at once; default: 8 of small pictures, else 1
     dtype: str | None = None

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +24,8 @@ encode = jax.jit(lambda vae, video, cache: vae.encode(video, cache))
 decode = jax.jit(lambda vae, latents, cache: vae.decode(latents, cache))
 
 
-# As small presets have it: 4 frames and 4×4 pixels a latent, space halved once, time twice.
-PATCHED = VAEConfig(
-    dim=4, dim_mult=(1, 2, 2), res_blocks=1, time_down=(True, True), space_down=(True, False),
-    time_taps=(1, 3, 3), patch=2, shortcut=True,
-)  # fmt: skip
+# As small presets have it: all work at the size of the latents.
+CELLS = dataclasses.replace(SMALL, dim=8, cells=(2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,8 @@ def vae():
 
 
 @pytest.fixture(scope="module")
-def patched():
-    return random(lambda: VAE(PATCHED, rngs=nnx.Rngs(0)))
+def cells():
+    return random(lambda: VAE(CELLS, rngs=nnx.Rngs(0)))
 
 
 def noise(*shape, key=0):
@@ -191,31 +190,67 @@ def test_cache_of_the_encoder_is_refused_by_the_decoder(vae):
         vae.decode(jnp.zeros((1, 1, 12, 20, Z)), cache)
 
 
-def test_small_forms_stream_as_the_published_one_does(patched):
-    video, latents = noise(1, 9, 12, 20, 3), noise(1, 3, 3, 5, Z)
-    whole = in_calls(encode, patched, video, [9])
-    assert whole.shape == (1, 3, 3, 5, Z)
-    assert_close(in_calls(encode, patched, video, (1, 4, 4)), whole)
-    frames = in_calls(decode, patched, latents, [3])
-    assert frames.shape == (1, 9, 12, 20, 3)
-    assert_close(in_calls(decode, patched, latents, (1, 2)), frames)
+def test_cells_stream_as_the_published_form_does(cells):
+    video, latents = noise(2, 9, 12, 20, 3), noise(2, 3, 3, 5, Z)
+    whole = in_calls(encode, cells, video, [9])
+    assert whole.shape == (2, 3, 3, 5, Z)
+    assert_close(in_calls(encode, cells, video, (1, 4, 4)), whole)
+    frames = in_calls(decode, cells, latents, [3])
+    assert frames.shape == (2, 9, 12, 20, 3)
+    assert_close(in_calls(decode, cells, latents, (1, 2)), frames)
+    other = in_calls(decode, cells, latents.at[:, 2].add(1.0), [3])
+    assert_close(other[:, :5], frames[:, :5])
+    assert jnp.abs(other[:, 5:] - frames[:, 5:]).max() > 0.01
 
 
-def test_a_shortcut_alone_is_a_linear_coder(patched):
+def test_cells_take_several_latents_at_once(cells):
+    """As training does: the same as one after another."""
+    video, latents = noise(2, 9, 12, 20, 3), noise(2, 3, 3, 5, Z)
+    first, cache = cells.moments(video[:, :1], None)
+    rest, _ = cells.moments(video[:, 1:], cache)
+    means = jnp.concatenate([first, rest], axis=1)[..., :Z]
+    assert_close(normalise(means, CELLS), in_calls(encode, cells, video, [9]))
+    first, cache = cells.shown(latents[:, :1], None)
+    rest, _ = cells.shown(latents[:, 1:], cache)
+    assert_close(jnp.concatenate([first, rest], 1), in_calls(decode, cells, latents, [3]))
+
+
+def test_cells_refuse_the_cache_of_another_video(cells):
+    cache = jax.eval_shape(cells.decode, jnp.zeros((1, 1, 3, 5, Z)))[1]
+    with pytest.raises(LiveAvatarError, match="the cache is of a decode call with batch 1, 3×5"):
+        cells.decode(jnp.zeros((1, 1, 3, 6, Z)), cache)
+
+
+def test_without_residuals_cells_are_a_linear_coder(cells):
     """With all other weights zero, the maps of pixels and back are what remains; the first frame
     counts as one that stands still."""
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(192, Z)))[0].astype(np.float32)
-    maps = {"look.kernel": jnp.asarray(basis), "show.kernel": jnp.asarray(basis.T)}
-    bare = replace(patched, leaves(jax.tree.map(jnp.zeros_like, patched)) | maps)
+    maps = {"encoder.look.kernel": jnp.asarray(basis), "decoder.show.kernel": jnp.asarray(basis.T),
+            "to_moments.kernel": jnp.eye(2 * Z), "from_latents.kernel": jnp.eye(Z)}  # fmt: skip
+    bare = replace(cells, leaves(jax.tree.map(jnp.zeros_like, cells)) | maps)
     video = noise(1, 5, 4, 4, 3)
-    moments, _ = bare.posterior(video)
+    latents, _ = bare.encode(video)
+    means = denormalise(latents, CELLS)
     group = lambda frames: np.asarray(frames).reshape(192)
     want = np.stack([group(np.repeat(video[:, :1], 4, axis=1)), group(video[:, 1:])]) @ basis
-    np.testing.assert_allclose(moments[0, :, 0, 0, :Z], want, atol=1e-5)
-    assert not moments[..., Z:].any()
-    frames, _ = bare.decode(normalise(moments[..., :Z], PATCHED))
+    np.testing.assert_allclose(means[0, :, 0, 0], want, atol=1e-5)
+    frames, _ = bare.decode(latents)
     back = (want @ basis.T).reshape(2, 4, 4, 4, 3)
     np.testing.assert_allclose(frames[0], np.concatenate([back[0, -1:], back[1]]), atol=1e-4)
+
+
+def test_gradient_reaches_every_weight_of_cells(cells):
+    def loss(vae, video):
+        first, cache = vae.moments(video[:, :1], None)
+        rest, _ = vae.moments(video[:, 1:], cache)
+        mean, spread = jnp.split(jnp.concatenate([first, rest], 1), 2, axis=-1)
+        frames, cache = vae.shown(mean[:, :1], None)
+        more, _ = vae.shown(mean[:, 1:], cache)
+        return jnp.mean(frames**2) + jnp.mean(more**2) + jnp.mean(spread)
+
+    grads = jax.jit(jax.grad(loss))(cells, noise(1, 9, 12, 8, 3))
+    for path, grad in leaves(grads).items():
+        assert jnp.isfinite(grad).all() and jnp.abs(grad).max() > 0, path
 
 
 def test_initial_weights_keep_the_scale_of_what_passes():
@@ -228,7 +263,7 @@ def test_initial_weights_keep_the_scale_of_what_passes():
 @pytest.mark.parametrize("wrong, words", [
     ({"z_dim": 8}, "latent_mean = .* have 8 entries, as z_dim = 8"),
     ({"dim_mult": (1, 2)}, "time_down = .* have 1 entries"),
-    ({"time_taps": (1, 2, 3, 3)}, "time_taps = .* be 1 or 3 each"),
+    ({"cells": (2, 0)}, "cells = .* be None or at least 1 each"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_itself_is_refused(wrong, words):
     with pytest.raises(LiveAvatarError, match=words):

@@ -156,7 +156,8 @@ class Autoencoder:
     """The VAE of a small preset learns on drawn puppets.
 
     frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
-    focus: weight of mouth and eyes. edges: of the pictures' gradients. divergence: of the
+    focus: weight of mouth and eyes. square: of the square error beside the absolute one, edges: of
+    the pictures' gradients. divergence: of the
     posterior from the unit normal. rate: rises for `warm` steps, and falls along half a cosine.
     """
 
@@ -167,6 +168,7 @@ class Autoencoder:
     rate: float = 5e-4
     warm: int = 100
     focus: float = 3.0
+    square: float = 1.0
     edges: float = 0.7
     divergence: float = 3e-4
     clip: float = 1.0
@@ -178,6 +180,7 @@ class Autoencoder:
     seed: int = 0
 
     def __post_init__(self):
+        insist(self.vae.cells is not None, self, "vae", "have cells, for only these are trained")
         group = self.vae.frames_per_latent
         insist((self.frames - 1) % group == 0, self, "frames", f"be 1 + {group} k")
         side = self.vae.pixels_per_latent

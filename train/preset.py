@@ -47,7 +47,7 @@ from train.text import TEXT, TEXT_LEN
 OUT = Path("runs/puppet")
 SHIPPED = packed.PRESETS / packed.PRESET
 MODEL, SHARDS, PRESET = OUT / "model", OUT / "shards", OUT / "preset"
-CLIPS = 2000  # to train
+CLIPS = 1500  # to train
 LATENTS = 21  # of a clip: 7 blocks
 MEASURED = 64  # puppets that the spread of latents is taken from
 
@@ -57,9 +57,9 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
     mel = MelConfig(bins=40, layers=16, ahead=12, flat=True)
     layers, width = mel.made
     dit = DiTConfig(
-        dim=192, ffn_dim=768, heads=6, layers=6, freq_dim=128, text_dim=TEXT.dim,
-        text_len=TEXT_LEN, audio_dim=width, audio_layers=layers, audio_tokens=4,
-        inject_layers=(0, 1, 3, 5), param_dtype="float32",
+        dim=192, ffn_dim=768, heads=6, layers=4, freq_dim=128,
+        latent_channels=vae.z_dim, text_dim=TEXT.dim, text_len=TEXT_LEN, audio_dim=width,
+        audio_layers=layers, audio_tokens=4, inject_layers=(0, 1, 2), param_dtype="float32",
     )  # fmt: skip
     stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", dtype="float32")
     return ModelConfig(dit=dit, vae=vae, text=TEXT, stream=stream, mel=mel, size=size)

@@ -3,7 +3,7 @@
     python -m train.puppets --model runs/puppet/model --out runs/puppet/shards --count 2000
 
 What `train.clips` would write as files and `liveavatar-jax encode` would read again is drawn and
-encoded in one compiled function here. The reference is the puppet at rest, as the portrait of a
+encoded here at once. The reference is the puppet at rest, as the portrait of a
 stream will be; the window has true frames before it. --model is a packed folder with the config,
 the VAE and the text encoder. A run that was stopped goes on at the shard that is missing.
 """
@@ -71,7 +71,10 @@ def write(
     """Writes the shards that are missing. Raises LiveAvatarError where that does not go."""
     cfg = checkpoint.load_config(model)
     vae = load(model, "vae", "float32")
-    encode = jax.jit(functools.partial(_encoded, cfg), static_argnums=3)
+    # Two programs: convolutions in one that also draws take XLA's CPU compiler's slow way.
+    draw = jax.jit(functools.partial(_drawn, size=size))
+    encode = jax.jit(functools.partial(_encoded, cfg))
+    make = lambda drawn, heard: encode(vae, *draw(drawn), heard)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,15 +84,16 @@ def write(
             numbers = range(first, min(first + PER_SHARD, count))
             path = out / f"{split}-{first // PER_SHARD:05}{SUFFIX}"
             if not path.exists():
-                write_shard(path, map(pack, _clips(cfg, model, vae, encode, numbers, split, latents,
-                                                   size, seed, bar)))  # fmt: skip
+                write_shard(
+                    path, map(pack, _clips(cfg, model, make, numbers, split, latents, seed, bar))
+                )
             else:
                 bar.update(len(numbers))
 
 
 def _clips(
-    cfg: ModelConfig, model: Path, vae: VAE, encode: Any, numbers: range, split: str, latents: int,
-    size: int, seed: int, bar: tqdm,
+    cfg: ModelConfig, model: Path, make: Any, numbers: range, split: str, latents: int, seed: int,
+    bar: tqdm,
 ) -> Iterator[Clip]:  # fmt: skip
     frames = MOTION_VIDEO_FRAMES + PER_LATENT * latents
     scenes = [stage(split, number, frames, seed) for number in numbers]
@@ -98,7 +102,7 @@ def _clips(
         some = scenes[first : first + AT_ONCE]
         filled = some + some[-1:] * (AT_ONCE - len(some))  # one compiled program for all calls
         heard = np.stack([sounding(cfg, scene.said.waveform) for scene in filled])
-        made = encode(vae, _drawn_by(filled), heard, size)
+        made = make(_drawn_by(filled), heard)
         video, reference, still, audio = (np.asarray(x, np.float16) for x in made)
         for i, scene in enumerate(some):
             yield Clip(
@@ -134,18 +138,22 @@ def _drawn_by(scenes: Sequence[Scene]) -> tuple[puppet.Identity, puppet.Pose, pu
     )  # type: ignore[return-value]
 
 
+def _drawn(drawn: Any, size: int) -> tuple[Array, Array]:
+    """The clips, and the puppets at rest."""
+    who, pose, rest = drawn
+    draw: Any = puppet.draw
+    return draw(who, pose, size), draw(who, rest, size)
+
+
 def _encoded(
-    cfg: ModelConfig, vae: VAE, drawn: Any, heard: Float[Array, "b samples"], size: int
+    cfg: ModelConfig, vae: VAE, video: Array, portrait: Array, heard: Float[Array, "b samples"]
 ) -> tuple[Array, ...]:
     """Latents of the clips, of the puppets at rest, of that standing still; and what is heard."""
-    who, pose, rest = drawn
     assert cfg.log_mel is not None
-    draw: Any = puppet.draw
-    video, _ = vae.encode(draw(who, pose, size))
-    portrait = draw(who, rest, size)
+    latents, _ = vae.encode(video)
     reference, _ = vae.encode(portrait)
     still, _ = vae.encode(jnp.repeat(portrait, MOTION_VIDEO_FRAMES, axis=1))
-    return video, reference, still, log_mel(heard, cfg.log_mel)
+    return latents, reference, still, log_mel(heard, cfg.log_mel)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 A video begins with one frame that makes one latent by itself; every later latent stands for four
 frames, and each for 8×8 pixels. Nothing looks ahead, so a video of any length passes through in
 pieces: each call takes the `FeatureCache` of the one before and returns the next.
+
+Small presets have the same interface over a coder of their own (`cells`): the pixels of a latent
+are one position from the first layer to the last, so that all the work is products of wide
+matrices, a quarter of them a frame.
 """
 
 from typing import Any
@@ -47,16 +51,13 @@ class Conv(nnx.Module):
 
 
 class CausalConv(Conv):
-    """A convolution over the current frame and the two before it, zeros before the first; with a
-    window of one frame, over that alone."""
+    """A convolution over the current frame and the two before it, zeros before the first."""
 
     def __init__(self, cfg: VAEConfig, c: int, out: int, window=(3, 3, 3), *, rngs: nnx.Rngs):
         super().__init__(cfg, c, out, window, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         kernel = self.kernel[...]
-        if len(kernel) == 1:
-            return self.shift(conv2d(x, kernel[0])), ()
         if tail is None:  # one frame: the zeros before it leave one tap of three
             return self.shift(conv2d(x, kernel[-1])), jnp.concatenate([jnp.zeros_like(x), x], 1)
         x = jnp.concatenate([tail, x], axis=1)
@@ -80,11 +81,11 @@ class Norm(nnx.Module):
 class Residual(nnx.Module):
     """Twice norm, SiLU, causal convolution; the input is added, through 1×1×1 if it is narrower."""
 
-    def __init__(self, cfg: VAEConfig, c: int, out: int, taps: int = 3, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, c: int, out: int, *, rngs: nnx.Rngs):
         self.norm1 = Norm(cfg, c, rngs=rngs)
-        self.conv1 = CausalConv(cfg, c, out, (taps, 3, 3), rngs=rngs)
+        self.conv1 = CausalConv(cfg, c, out, rngs=rngs)
         self.norm2 = Norm(cfg, out, rngs=rngs)
-        self.conv2 = CausalConv(cfg, out, out, (taps, 3, 3), rngs=rngs)
+        self.conv2 = CausalConv(cfg, out, out, rngs=rngs)
         self.shortcut = Linear(c, out, cfg.param_dtype, rngs=rngs) if c != out else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
@@ -112,16 +113,15 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns where `space` says so, then the frames where `time` does."""
+    """Halves rows and columns, then the frames where `time` says so."""
 
-    def __init__(self, cfg: VAEConfig, c: int, space: bool, time: bool, *, rngs: nnx.Rngs):
-        self.conv = Conv(cfg, c, c, (3, 3), rngs=rngs) if space else None
+    def __init__(self, cfg: VAEConfig, c: int, time: bool, *, rngs: nnx.Rngs):
+        self.conv = Conv(cfg, c, c, (3, 3), rngs=rngs)
         self.time_conv = Conv(cfg, c, c, (3,), rngs=rngs) if time else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        if self.conv is not None:
-            x = conv2d(x, self.conv.kernel[...], stride=2, pad=((0, 1), (0, 1)))
-            x = self.conv.shift(x)
+        x = conv2d(x, self.conv.kernel[...], stride=2, pad=((0, 1), (0, 1)))
+        x = self.conv.shift(x)
         return (x, ()) if self.time_conv is None else self._halve(self.time_conv, x, tail)
 
     def _halve(self, conv: Conv, x, last):
@@ -135,17 +135,14 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles the frames where `time` says so, then, where `space` does, rows and columns, which
-    halves the channels."""
+    """Doubles the frames where `time` says so, then rows and columns, which halves the channels."""
 
-    def __init__(self, cfg: VAEConfig, c: int, space: bool, time: bool, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, c: int, time: bool, *, rngs: nnx.Rngs):
         self.time_conv = CausalConv(cfg, c, 2 * c, (3, 1, 1), rngs=rngs) if time else None
-        self.conv = Conv(cfg, c, c // 2, (3, 3), rngs=rngs) if space else None
+        self.conv = Conv(cfg, c, c // 2, (3, 3), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         x, tail = (x, ()) if self.time_conv is None else self._double(self.time_conv, x, tail)
-        if self.conv is None:
-            return x, tail
         return self.conv.shift(conv2d_doubled(x, self.conv.kernel[...])), tail
 
     def _double(self, conv: CausalConv, x, tail):
@@ -168,7 +165,7 @@ class Head(nnx.Module):
 
 
 def middle(cfg: VAEConfig, c: int, *, rngs: nnx.Rngs) -> list[nnx.Module]:
-    first, last = (Residual(cfg, c, c, cfg.taps[-1], rngs=rngs) for _ in range(2))
+    first, last = (Residual(cfg, c, c, rngs=rngs) for _ in range(2))
     return [first, Attention(cfg, c, rngs=rngs), last]
 
 
@@ -180,19 +177,17 @@ class Encoder(nnx.Module):
         c, down = cfg.dim, []
         for level, out in enumerate(widths):
             for _ in range(cfg.res_blocks):
-                down.append(Residual(cfg, c, out, cfg.taps[level], rngs=rngs))
+                down.append(Residual(cfg, c, out, rngs=rngs))
                 c = out
             if level < len(widths) - 1:
-                parts = (cfg.halved[level], cfg.time_down[level])
-                down.append(Downsample(cfg, c, *parts, rngs=rngs))
-        self.conv_in = CausalConv(cfg, 3 * cfg.patch**2, cfg.dim, rngs=rngs)
+                down.append(Downsample(cfg, c, cfg.time_down[level], rngs=rngs))
+        self.conv_in = CausalConv(cfg, 3, cfg.dim, rngs=rngs)
         self.down = nnx.List(down)
         self.middle = nnx.List(middle(cfg, c, rngs=rngs))
         self.head = Head(cfg, c, 2 * cfg.z_dim, rngs=rngs)
 
-    @property
-    def layers(self) -> list:
-        return [self.conv_in, *self.down, *self.middle, self.head]
+    def __call__(self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None):
+        return _run([self.conv_in, *self.down, *self.middle, self.head], frames, cache)
 
 
 class Decoder(nnx.Module):
@@ -205,18 +200,89 @@ class Decoder(nnx.Module):
         self.middle = nnx.List(middle(cfg, c, rngs=rngs))
         for level, out in enumerate(widths):
             for _ in range(cfg.res_blocks + 1):
-                up.append(Residual(cfg, c, out, cfg.taps[-1 - level], rngs=rngs))
+                up.append(Residual(cfg, c, out, rngs=rngs))
                 c = out
             if level < len(widths) - 1:
-                parts = (cfg.halved[-1 - level], cfg.time_down[-1 - level])
-                up.append(Upsample(cfg, c, *parts, rngs=rngs))
-                c //= 1 + parts[0]
+                up.append(Upsample(cfg, c, cfg.time_down[-1 - level], rngs=rngs))
+                c //= 2
         self.up = nnx.List(up)
-        self.head = Head(cfg, c, 3 * cfg.patch**2, rngs=rngs)
+        self.head = Head(cfg, c, 3, rngs=rngs)
 
-    @property
-    def layers(self) -> list:
-        return [self.conv_in, *self.middle, *self.up, self.head]
+    def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
+        return _run([self.conv_in, *self.middle, *self.up, self.head], latent, cache)
+
+
+class Cell(nnx.Module):
+    """Norm, SiLU, 3×3 convolution, SiLU, linear map; the input is added."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm = Norm(cfg, cfg.dim, rngs=rngs)
+        self.conv = Conv(cfg, cfg.dim, cfg.dim, (3, 3), rngs=rngs)
+        self.out = Linear(cfg.dim, cfg.dim, cfg.param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        y = self.conv.shift(conv2d(jax.nn.silu(self.norm(x)), self.conv.kernel[...]))
+        return x + self.out(jax.nn.silu(y)), ()
+
+
+class CellHead(nnx.Module):
+    """Norm, SiLU and a linear map."""
+
+    def __init__(self, cfg: VAEConfig, out: int, *, rngs: nnx.Rngs):
+        self.norm = Norm(cfg, cfg.dim, rngs=rngs)
+        self.out = Linear(cfg.dim, out, cfg.param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
+        return self.out(jax.nn.silu(self.norm(x))), ()
+
+
+class CellEncoder(nnx.Module):
+    """The pixels of each latent by a linear map, and what cells add to it; no memory. The first
+    frame of a video stands still for the others of its latent."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
+        pixels, (count, _) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
+        self.look = Linear(pixels, cfg.z_dim, cfg.param_dtype, rngs=rngs)
+        self.into = Linear(pixels, cfg.dim, cfg.param_dtype, rngs=rngs)
+        self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
+        self.attention = Attention(cfg, cfg.dim, rngs=rngs)
+        self.head = CellHead(cfg, 2 * cfg.z_dim, rngs=rngs)
+
+    def __call__(self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None):
+        if cache is None:
+            frames = jnp.repeat(frames, self.group, axis=1)
+        x = rearrange(
+            frames, "b (f t) (h p) (w q) c -> b f h w (t p q c)", t=self.group, p=self.size,
+            q=self.size,
+        )  # fmt: skip
+        *first, last = self.cells
+        y, _ = _run([*first, self.attention, last, self.head], self.into(x), None)
+        means = self.look(x)
+        return y + jnp.pad(means, (*((0, 0),) * 4, (0, means.shape[-1]))), FeatureCache(())
+
+
+class CellDecoder(nnx.Module):
+    """The inverse: pixels by a linear map of their latent, and what cells add, which see this
+    latent and the two before it. Of the first latent of a video the last frame is shown."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
+        pixels, (_, count) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
+        self.show = Linear(cfg.z_dim, pixels, cfg.param_dtype, rngs=rngs)
+        self.conv_in = CausalConv(cfg, cfg.z_dim, cfg.dim, rngs=rngs)
+        self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
+        self.attention = Attention(cfg, cfg.dim, rngs=rngs)
+        self.head = CellHead(cfg, pixels, rngs=rngs)
+
+    def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
+        first, *rest = self.cells
+        y, after = _run([self.conv_in, first, self.attention, *rest, self.head], latent, cache)
+        frames = rearrange(
+            y + self.show(latent), "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=self.group,
+            p=self.size, q=self.size,
+        )  # fmt: skip
+        return frames if cache is not None else frames[:, -1:], after
 
 
 class VAE(nnx.Module):
@@ -227,13 +293,11 @@ class VAE(nnx.Module):
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.encoder = Encoder(cfg, rngs=rngs)
+        encoder, decoder = (Encoder, Decoder) if cfg.cells is None else (CellEncoder, CellDecoder)
+        self.encoder = encoder(cfg, rngs=rngs)
         self.to_moments = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
-        self.decoder = Decoder(cfg, rngs=rngs)
-        pixels = 3 * cfg.frames_per_latent * cfg.pixels_per_latent**2
-        make = lambda c, out: Linear(c, out, cfg.param_dtype, rngs=rngs) if cfg.shortcut else None
-        self.look, self.show = make(pixels, cfg.z_dim), make(cfg.z_dim, pixels)
+        self.decoder = decoder(cfg, rngs=rngs)
 
     def encode(
         self, video: Float[Array, "b F H W _"], cache: FeatureCache | None = None
@@ -247,18 +311,15 @@ class VAE(nnx.Module):
         Raises LiveAvatarError when a size does not fit, or the cache is of another video.
         """
 
+        self._check_video(video, begins=cache is None)
+        _check_cache(cache, video, "encode")
+
         def latents(frames, cache):
-            moments, cache = self._moments(frames, cache)
+            moments, cache = self.moments(frames, cache)
             mean, _ = jnp.split(moments, 2, axis=-1)
             return normalise(mean, self.cfg), cache
 
-        return self._encoded(latents, video, cache)
-
-    def posterior(
-        self, video: Float[Array, "b F H W _"], cache: FeatureCache | None = None
-    ) -> tuple[Float[Array, "b f h w cc"], FeatureCache]:
-        """What `encode` makes latents of: mean and log-variance, one after the other in c."""
-        return self._encoded(self._moments, video, cache)
+        return _stream(latents, video, cache, self.cfg.frames_per_latent)
 
     def decode(
         self, latents: Float[Array, "b f h w c"], cache: FeatureCache | None = None
@@ -278,33 +339,21 @@ class VAE(nnx.Module):
                 f"(batch, frames, rows, columns, {self.cfg.z_dim})"
             )
         _check_cache(cache, latents, "decode")
-        return _stream(self._decode_latent, latents, cache, 1)
+        return _stream(self.shown, latents, cache, 1)
 
-    def _encoded(self, group, video, cache):
-        self._check_video(video, begins=cache is None)
-        _check_cache(cache, _folded(video[:, :1], self.cfg.patch), "encode")
-        return _stream(group, video, cache, self.cfg.frames_per_latent)
+    def moments(
+        self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None
+    ) -> tuple[Float[Array, "b f h w cc"], FeatureCache]:
+        """Mean and log-variance, one after the other in c, of one frame without a cache, and of
+        the frames of one latent with it; cells take those of several at once."""
+        features, cache = self.encoder(frames, cache)
+        return self.to_moments(features), cache
 
-    def _moments(self, frames, cache):
-        features, cache = _run(self.encoder.layers, _folded(frames, self.cfg.patch), cache)
-        moments = self.to_moments(features)
-        if self.look is not None:  # where a video begins, its first frame stands still
-            still = jnp.repeat(frames, self.cfg.frames_per_latent // frames.shape[1], axis=1)
-            size = self.cfg.pixels_per_latent
-            cells = rearrange(still, "b f (h p) (w q) c -> b 1 h w (f p q c)", p=size, q=size)
-            moments = moments + jnp.pad(self.look(cells), (*((0, 0),) * 4, (0, self.cfg.z_dim)))
-        return moments, cache
-
-    def _decode_latent(self, latent, cache):
-        latent = denormalise(latent, self.cfg)
-        features, cache = _run(self.decoder.layers, self.from_latents(latent), cache)
-        frames = _unfolded(features, self.cfg.patch)
-        if self.show is not None:
-            size, f = self.cfg.pixels_per_latent, self.cfg.frames_per_latent
-            cells = "b 1 h w (f p q c) -> b f (h p) (w q) c"
-            shown = rearrange(self.show(latent), cells, f=f, p=size, q=size)
-            frames = frames + (shown if frames.shape[1] == f else shown[:, -1:])
-        return frames, cache
+    def shown(
+        self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None
+    ) -> tuple[Float[Array, "b F H W 3"], FeatureCache]:
+        """Frames of one normalised latent; cells, with a cache, take several at once."""
+        return self.decoder(self.from_latents(denormalise(latent, self.cfg)), cache)
 
     def _check_video(self, video, begins: bool) -> None:
         _, frames, height, width, colours = video.shape
@@ -338,15 +387,6 @@ def _statistics(like: Float[Array, "*n c"], cfg: VAEConfig) -> list[Float[Array,
     return [along_last(jnp.asarray(values), like) for values in known]
 
 
-def _folded(video: Float[Array, "b F H W c"], patch: int) -> Float[Array, "b F h w k"]:
-    """Patches of pixels as positions."""
-    return rearrange(video, "b f (h p) (w q) c -> b f h w (p q c)", p=patch, q=patch)
-
-
-def _unfolded(x: Float[Array, "b F h w k"], patch: int) -> Float[Array, "b F H W c"]:
-    return rearrange(x, "b f h w (p q c) -> b f (h p) (w q) c", p=patch, q=patch)
-
-
 def _run(layers, x, cache):
     """One piece of a video through all layers, each with its own tail."""
     tails = [None] * len(layers) if cache is None else cache.tails
@@ -374,8 +414,9 @@ def _stream(step, x, cache, group: int):
 
 
 def _check_cache(cache, x, call: str) -> None:
-    """The first layer keeps what came in, so its tail tells batch, size, channels and dtype."""
-    if cache is None:
+    """The first layer keeps what came in, so its tail tells batch, size, channels and dtype; of
+    cells, only the decoder keeps something."""
+    if cache is None or not cache.tails:
         return
     seen = cache.tails[0]
     if (seen.shape[0], *seen.shape[2:], seen.dtype) != (x.shape[0], *x.shape[2:], x.dtype):

@@ -154,30 +154,33 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
     """One latent to four frames by the streaming decoder."""
     h, w, frames = size.height, size.width, size.rows
     widths = [vae.dim * m for m in reversed(vae.dim_mult)]
-    c, z = widths[0], vae.z_dim
+    c, z = widths[0] if vae.cells is None else vae.dim, vae.z_dim
 
     def conv(c: int, out: int, taps: int, read: float = 1.0) -> Cost:
         """`read` and written elements a position; 2-byte activations, weights as they are kept."""
         return linear(size, frames * h * w, taps * c, out, read / taps)
 
-    def residual(c: int, out: int, window: int = 3) -> Cost:
-        cost = conv(c, out, 9 * window) + conv(out, out, 9 * window)
+    def residual(c: int, out: int) -> Cost:
+        cost = conv(c, out, 27) + conv(out, out, 27)
         return cost if c == out else cost + conv(c, out, 1)
 
-    cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c, vae.taps[-1]) * 2
-    cost += conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
+    attention = conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
+    if vae.cells is not None:
+        pixels = 3 * vae.frames_per_latent * vae.pixels_per_latent**2
+        cost = conv(z, z, 1) + conv(z, pixels, 1) + conv(z, c, 27) + conv(c, pixels, 1)
+        return cost + (conv(c, c, 9) + conv(c, c, 1)) * vae.cells[1] + attention
+    cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c) * 2 + attention
     for level, out in enumerate(widths):
         for _ in range(vae.res_blocks + 1):
-            cost += residual(c, out, vae.taps[-1 - level])
+            cost += residual(c, out)
             c = out
         if level < len(widths) - 1:
             if vae.time_down[-1 - level]:
                 cost += conv(c, 2 * c, 3)
                 frames *= 2
-            if vae.halved[-1 - level]:
-                cost += conv(c, 4 * (c // 2), 4)  # at the small size: four corners of 2 x 2 taps
-                h, w, c = 2 * h, 2 * w, c // 2
-    return cost + conv(c, 3 * vae.patch**2, 27)
+            cost += conv(c, 4 * (c // 2), 4)  # at the small size: four corners of 2 x 2 taps
+            h, w, c = 2 * h, 2 * w, c // 2
+    return cost + conv(c, 3, 27)
 
 
 def linear(size: Size, tokens: int, inputs: int, outputs: int, read: float = 1.0) -> Cost:
