@@ -12,11 +12,13 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Distill, Schedule
 from train.preset import MODEL, OUT, SHARDS
 
-STEPS = 1500
+STEPS, RATIO = 900, 4
 
 
 def config() -> Distill:
-    adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, STEPS, 0.05), 0.0, 0.99)
+    adam = lambda rate, updates: optax.adam(
+        optax.cosine_decay_schedule(rate, updates, 0.05), 0.0, 0.99
+    )
     levels = Levels(shift=2.0)
     return Distill(
         model=load_config(MODEL),
@@ -25,9 +27,9 @@ def config() -> Distill:
         adapters=None,
         objective=DMD(Guidance(1.0, 1.0), levels),
         critic=Critic(levels),
-        optimiser=adam(5e-5),
-        critic_optimiser=adam(2e-4),
-        schedule=Schedule(5),
+        optimiser=adam(1e-4, STEPS // RATIO),
+        critic_optimiser=adam(4e-4, STEPS),
+        schedule=Schedule(RATIO),
         policy=Policy(positions=3000, exits=(0.0, 0.0, 0.0, 1.0)),
         clip=1.0,
         average=0.99,

@@ -14,10 +14,11 @@ def config() -> Autoencoder:
     return Autoencoder(
         vae,
         rate=2.5e-3,
-        focus=5.0,
+        focus=(12.0, 4.0),
         square=2.0,
+        motion=1.0,
         average=0.999,
-        steps=13_000,
+        steps=21_000,
         judge_every=1500,
         save_every=1500,
     )

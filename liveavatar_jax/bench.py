@@ -18,12 +18,13 @@ from flax import nnx
 from tqdm import tqdm
 
 from liveavatar_jax import stream
-from liveavatar_jax.config import DiTConfig, ModelConfig, SpeechConfig, StreamConfig
-from liveavatar_jax.data.speech import Moments, SpeechWindow
+from liveavatar_jax.config import DiTConfig, ModelConfig, StreamConfig
+from liveavatar_jax.data.speech import Moments, SpeechWindow, mel_encode, mel_window
 from liveavatar_jax.models.attention import KV
 from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.types import Array, LiveAvatarError
+from liveavatar_jax.weights import checkpoint, packed
 
 COMPONENTS = ("audio", "prefill", "denoise", "decode", "block")
 PIPELINE = "pipeline"  # minutes, in processes of its own: only when asked for
@@ -54,6 +55,7 @@ SIZES: dict[str, Callable[[], Size]] = {
     "tiny": lambda: Size(ModelConfig.tiny(), 16, 16),
     "laptop": lambda: Size(_laptop(), 24, 24),
     "14b": lambda: Size(ModelConfig(), 48, 88),
+    "puppet": lambda: Size(checkpoint.load_config(packed.preset("puppet")), 8, 8),
 }
 
 
@@ -104,7 +106,7 @@ def _compiled(size: Size, chosen: Sequence[str]) -> Iterator[tuple[str, Callable
     """The chosen components, in a stream whose rings are full and whose decoder is warm."""
     cfg = size.model
     if "audio" in chosen:
-        yield "audio", _speech(cfg.speech)
+        yield "audio", _speech(cfg)
     if set(chosen) <= {"audio", PIPELINE}:
         return
     avatar = made_up(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
@@ -163,9 +165,12 @@ def _decode(model: stream.Avatar, state: stream.StreamState, flight: stream.InFl
     return stream.decode(model.vae, state.decoder, flight.x, flight.live)
 
 
-def _speech(cfg: SpeechConfig) -> Callable[[], Any]:
+def _speech(cfg: ModelConfig) -> Callable[[], Any]:
     """The speech features of one block of a live stream."""
-    encoder = made_up(lambda: SpeechEncoder(cfg, rngs=nnx.Rngs(0)))
+    if (mel := cfg.log_mel) is not None:
+        window = mel_window(mel)
+        return _thunk(mel_encode(mel, window), jnp.zeros((1, window.samples)), None)
+    encoder = made_up(lambda: SpeechEncoder(cfg.speech, rngs=nnx.Rngs(0)))
     window = SpeechWindow()
     samples = jnp.zeros((1, window.samples))
     return _thunk(window_features, encoder, samples, window.ask(0, Moments.prior()))
@@ -190,6 +195,7 @@ def _table(report: dict[str, Any]) -> str:
     head = f"{'size':8} {'component':10} {'median s':>10} {'min':>10} {'max':>10}"
     rows = [
         f"{r['size']:8} {r['component']:10} {r['median']:10.4f} {r['min']:10.4f} {r['max']:10.4f}"
+        + (f"   {12 / r['median']:.1f} FPS" if r["component"] == "block" else "")
         for r in report["seconds"]
     ]
     lines = [head, *rows] if rows else []

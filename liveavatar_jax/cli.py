@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(_bench, "Time every component, compiled, on random weights.")
     p.add_argument("--sizes", nargs="+", default=["laptop"], metavar="NAME",
-                   help="tiny, laptop, 14b (default: laptop)")  # fmt: skip
+                   help="tiny, laptop, 14b, puppet (default: laptop)")  # fmt: skip
     p.add_argument("--only", nargs="+", metavar="COMPONENT", help="audio, prefill, denoise, ...")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--json", type=Path, help="write the figures there, too")

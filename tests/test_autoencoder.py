@@ -74,12 +74,13 @@ def test_it_learns(monkeypatch):
 
     def discs(key, batch, frames, size):
         where = jax.random.uniform(key, (batch, 1, 1, 1, 2))
-        at = (jnp.arange(size) + 0.5) / size
+        at = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
         grid = jnp.stack(jnp.meshgrid(at, at, indexing="ij"), axis=-1)
         far = jnp.sqrt(jnp.sum((grid[None, None] - where) ** 2, axis=-1))
         video = jnp.repeat(jnp.tanh(20 * (0.25 - far))[..., None], frames, axis=1)
         video = jnp.repeat(video, 3, axis=-1)
-        return autoencoder.Clips(video=video, mouth=video[..., 0] > 0, eyes=video[..., 0] > 0)
+        inside = (video[..., 0] > 0).astype(jnp.float32)
+        return autoencoder.Clips(video=video, mouth=inside, eyes=inside)
 
     monkeypatch.setattr(autoencoder, "drawn", discs)
     exp = dataclasses.replace(EXP, steps=100, rate=4e-3, warm=5, batch=8)

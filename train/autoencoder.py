@@ -2,8 +2,8 @@
 
     python -m train.autoencoder configs/puppet_vae.py --out runs/puppet/vae
 
-Each step draws a batch of new identities. What is shown here is the mean absolute and the mean
-square error, weighted towards mouth and eyes, the error of the pictures' gradients, and the
+Each step draws a batch of new identities. What is shown here are errors, weighted towards mouth
+and eyes: of the pixels, of their gradients over rows and columns and over frames; and the
 divergence of the posterior.
 """
 
@@ -33,7 +33,8 @@ from train.run import load
 from train.signals import stopping
 from train.state import Learner, Metrics, averaged, begin, learn
 
-MAY_DIFFER = ("steps", "save_every", "keep", "judge_every")  # when a run goes on
+# When a run goes on; what it learns from may be weighed anew.
+MAY_DIFFER = ("steps", "save_every", "keep", "judge_every", "focus", "square", "edges", "motion")
 JUDGED = 24  # clips that the decoder is measured on
 CLOSED = "out.kernel"  # what residuals, attention and heads end with
 PEOPLE = 256  # puppets whose pixels the first code is made from
@@ -111,19 +112,19 @@ def loss(
     spread = jnp.clip(spread, -20.0, 10.0)
     z = mean + jnp.exp(0.5 * spread) * jax.random.normal(key, mean.shape)
     made = whole(vae.shown, normalise(z, exp.vae))
-    weight = 1 + (exp.focus - 1) * jnp.maximum(clips.mouth, clips.eyes)[..., None]
+    lips, eyes = (focus - 1 for focus in exp.focus)
+    weight = 1 + jnp.maximum(lips * clips.mouth, eyes * clips.eyes)[..., None]
     weight = weight / jnp.mean(weight)
     error = made - clips.video
     pixels, square = jnp.mean(weight * jnp.abs(error)), jnp.mean(weight * error**2)
-    edges = sum(
-        jnp.mean(
-            jax.lax.slice_in_dim(weight, 1, None, axis=axis) * jnp.abs(jnp.diff(error, axis=axis))
-        )
-        for axis in (2, 3)
+    along = lambda axis: jnp.mean(
+        jax.lax.slice_in_dim(weight, 1, None, axis=axis) * jnp.abs(jnp.diff(error, axis=axis))
     )
+    edges, motion = along(2) + along(3), along(1)
     divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(spread) - 1 - spread)
-    total = pixels + exp.square * square + exp.edges * edges + exp.divergence * divergence
-    return total, {"pixels": pixels, "edges": edges, "divergence": divergence}
+    total = pixels + exp.square * square + exp.edges * edges + exp.motion * motion
+    seen = {"pixels": pixels, "edges": edges, "motion": motion, "divergence": divergence}
+    return total + exp.divergence * divergence, seen
 
 
 def whole(code: Any, x: Float[Array, "b f h w c"]) -> Float[Array, "b g y x k"]:

@@ -156,8 +156,8 @@ class Autoencoder:
     """The VAE of a small preset learns on drawn puppets.
 
     frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
-    focus: weight of mouth and eyes. square: of the square error beside the absolute one, edges: of
-    the pictures' gradients. divergence: of the
+    focus: weights of mouth and of eyes. square: of the square error beside the absolute one, edges:
+    of the gradients over rows and columns, motion: over frames. divergence: of the
     posterior from the unit normal. rate: rises for `warm` steps, and falls along half a cosine.
     """
 
@@ -167,9 +167,10 @@ class Autoencoder:
     frames: int = 9
     rate: float = 5e-4
     warm: int = 100
-    focus: float = 3.0
+    focus: tuple[float, float] = (3.0, 3.0)
     square: float = 1.0
     edges: float = 0.7
+    motion: float = 0.7
     divergence: float = 3e-4
     clip: float = 1.0
     average: float = 0.995

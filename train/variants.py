@@ -5,7 +5,8 @@
 
 Each row streams the held-out clips of `train.preset` once, and some of them for longer, with one
 thing changed, and judges them as `liveavatar-jax evaluate` does. What was judged is not judged
-again. The teacher cannot stream: it makes the first 84 frames of each clip at once.
+again. The teacher cannot stream: it makes the first 84 frames of each clip at once. `coder` are
+the true clips through the VAE and back, which is the most that any row can reach.
 """
 
 import argparse
@@ -35,15 +36,17 @@ from liveavatar_jax.generate import portrait
 from liveavatar_jax.metrics.readers import READERS
 from liveavatar_jax.models.clip import bidirectional, condition
 from liveavatar_jax.models.mel import log_mel
-from liveavatar_jax.player import load_avatar
+from liveavatar_jax.player import load, load_avatar
 from liveavatar_jax.protocol import Request, frames_of
 from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
+from train.clips import CRF
 from train.preset import OUT, PRESET
 from train.puppets import sounding
 
 FRAMES, TEACHER_STEPS, SOLVER_SHIFT = 84, 20, 2.0  # of what a teacher makes
-COLUMNS = ("mouth", "worst", "shuffled", "lag", "amplitude", "sharpness", "expression", "looks")
+COLUMNS = ("mouth", "worst", "shuffled", "lag", "amplitude", "sharpness", "expression", "looks",
+           "psnr", "psnr_mouth")  # fmt: skip
 GROWTH = ("looks", "looks_trend", "colour", "colour_trend")  # of the longer streams
 
 
@@ -68,6 +71,7 @@ ROWS = {
     "steps-1": Row("1 step", steps=1),
     "steps-2": Row("2 steps", steps=2),
     "steps-3": Row("3 steps", steps=3),
+    "coder": Row("the true clips, coded and decoded"),
     "teacher": Row(f"the teacher, both ways, {TEACHER_STEPS} steps", OUT / "teacher_model"),
 }
 PIPELINE = "pipeline"  # compares two drivers of one model, so it is no row of the table
@@ -106,10 +110,12 @@ def judge(name: str, out: Path, clips: Path, seconds: float, limit: int) -> None
         clips, out / name / "short", row.model, readers=PRESET / READERS, steps=row.steps,
         changes=row.changes, timing=False,
     )  # fmt: skip
-    if name == "teacher":
+    if name in ("teacher", "coder"):
+        make, seconds_of = (taught, FRAMES / FPS) if name == "teacher" else (coded, None)
         videos = out / name / "videos"
-        taught(row.model, read_takes(clips), videos)
-        asked = dataclasses.replace(asked, weights=None, videos=videos, seconds=FRAMES / FPS)
+        videos.mkdir(parents=True, exist_ok=True)
+        make(row.model, read_takes(clips), videos)
+        asked = dataclasses.replace(asked, weights=None, videos=videos, seconds=seconds_of)
     reports = [evaluate(asked)]
     if row.longer:
         longer = dataclasses.replace(
@@ -126,7 +132,6 @@ def judge(name: str, out: Path, clips: Path, seconds: float, limit: int) -> None
 def taught(folder: Path, takes: Sequence[Take], out: Path) -> None:
     """Videos of a teacher: whole clips at once, from noise that a clip's number makes."""
     cfg = checkpoint.load_config(folder)
-    out.mkdir(parents=True, exist_ok=True)
     left = [i for i, take in enumerate(takes) if not (out / f"{take.id}.mp4").is_file()]
     if not left:
         return
@@ -141,7 +146,7 @@ def taught(folder: Path, takes: Sequence[Take], out: Path) -> None:
         features = _features(cfg, heard)
         pixels = to_pixels(picture)[None]
         frames = make(avatar, pixels, contexts[i][None], features, jax.random.key(i))
-        with VideoWriter(out / f"{take.id}.mp4", picture.shape[:2], fps=FPS) as video:
+        with _film(out, take, picture.shape[:2]) as video:
             video.write(np.asarray(frames)[0][: -(-len(samples) // FRAME)])
 
 
@@ -162,7 +167,33 @@ def _taught(
         velocity = bidirectional(avatar.dit, x, jnp.full(1, now), given)
         x = euler(x, velocity, jnp.asarray(now), jnp.asarray(then))
     frames, _ = avatar.vae.decode(x, shown.decoder)
-    return stream.pixels(frames)
+    return stream.pixels(jnp.clip(frames, -1.0, 1.0))
+
+
+# ---- the coder
+
+
+def coded(folder: Path, takes: Sequence[Take], out: Path) -> None:
+    """The true videos, through the VAE and back."""
+    vae = load(folder, "vae", "float32")
+    through = jax.jit(lambda vae, x: jnp.clip(vae.decode(vae.encode(x)[0])[0], -1.0, 1.0))
+    for take in takes:
+        if (out / f"{take.id}.mp4").is_file():
+            continue
+        if take.file is None:
+            raise LiveAvatarError(f"{take.id} has no true video; list one under `file`")
+        true = np.stack(list(frames_of(take.file)))
+        more = -(len(true) - 1) % vae.cfg.frames_per_latent  # the last frame stands still
+        filled = np.concatenate([true, np.repeat(true[-1:], more, axis=0)])
+        frames = stream.pixels(through(vae, to_pixels(filled)[None]))
+        with _film(out, take, true.shape[1:3]) as video:
+            video.write(np.asarray(frames)[0][: len(true)])
+
+
+def _film(out: Path, take: Take, size: tuple[int, ...]) -> VideoWriter:
+    """As true clips are kept."""
+    path = out / f"{take.id}.mp4"
+    return VideoWriter(path, (size[0], size[1]), fps=FPS, crf=CRF, pixels="yuv444p")
 
 
 # ---- one device, and the pipeline
