@@ -13,12 +13,12 @@ def config() -> Autoencoder:
     )
     return Autoencoder(
         vae,
-        rate=2.5e-3,
-        focus=(12.0, 4.0),
+        rate=2e-3,
+        focus=(6.0, 4.0),
         square=2.0,
-        motion=1.0,
+        motion=0.7,
         average=0.999,
-        steps=21_000,
-        judge_every=1500,
-        save_every=1500,
+        steps=5_000,
+        judge_every=500,
+        save_every=1000,
     )

@@ -95,7 +95,8 @@ class VAEConfig:
     """The causal 3-D VAE of Wan2.1: 4 frames and 8×8 pixels to one latent position.
 
     Small ones have `cells`: so many residuals of width `dim` in encoder and decoder, all at the
-    size of the latents; of the other sizes only the product counts, 4 frames and 8×8 pixels.
+    size of the latents, in pictures of one size, `grid`; of the other sizes only the product
+    counts, 4 frames and 8×8 pixels.
     """
 
     dim: int = 96
@@ -104,6 +105,7 @@ class VAEConfig:
     res_blocks: int = 2
     time_down: tuple[bool, ...] = (False, True, True)
     cells: tuple[int, int] | None = None  # None: the published pyramid of levels
+    grid: tuple[int, int] = (8, 8)  # rows and columns of latents that cells know
     latent_mean: tuple[float, ...] = LATENT_MEAN
     latent_std: tuple[float, ...] = LATENT_STD
     param_dtype: str = "float32"

@@ -25,7 +25,7 @@ decode = jax.jit(lambda vae, latents, cache: vae.decode(latents, cache))
 
 
 # As small presets have it: all work at the size of the latents.
-CELLS = dataclasses.replace(SMALL, dim=8, cells=(2, 2))
+CELLS = dataclasses.replace(SMALL, dim=8, cells=(2, 2), grid=(3, 5))
 
 
 @pytest.fixture(scope="module")
@@ -221,22 +221,34 @@ def test_cells_refuse_the_cache_of_another_video(cells):
         cells.decode(jnp.zeros((1, 1, 3, 6, Z)), cache)
 
 
-def test_without_residuals_cells_are_a_linear_coder(cells):
+def test_cells_know_pictures_of_one_size(cells):
+    with pytest.raises(LiveAvatarError, match="video is 16×12 pixels; this VAE knows 20×12 alone"):
+        cells.encode(jnp.zeros((1, 1, 12, 16, 3)))
+    with pytest.raises(LiveAvatarError, match="cannot be decoded"):
+        cells.decode(jnp.zeros((1, 1, 3, 4, Z)))
+
+
+def test_without_residuals_cells_are_a_linear_coder_of_each_place(cells):
     """With all other weights zero, the maps of pixels and back are what remains; the first frame
     counts as one that stands still."""
-    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(192, Z)))[0].astype(np.float32)
-    maps = {"encoder.look.kernel": jnp.asarray(basis), "decoder.show.kernel": jnp.asarray(basis.T),
-            "to_moments.kernel": jnp.eye(2 * Z), "from_latents.kernel": jnp.eye(Z)}  # fmt: skip
+    noises = np.random.default_rng(0).normal(size=(3, 5, 192, Z))
+    basis = np.linalg.qr(noises)[0].astype(np.float32)
+    maps = {"encoder.look.kernel": basis, "decoder.show.kernel": basis.swapaxes(2, 3),
+            "to_moments.kernel": np.eye(2 * Z), "from_latents.kernel": np.eye(Z)}  # fmt: skip
+    maps = {path: jnp.asarray(array, jnp.float32) for path, array in maps.items()}
     bare = replace(cells, leaves(jax.tree.map(jnp.zeros_like, cells)) | maps)
-    video = noise(1, 5, 4, 4, 3)
+    video = noise(1, 5, 12, 20, 3)
     latents, _ = bare.encode(video)
     means = denormalise(latents, CELLS)
+    here = video[:, :, 4:8, 12:16]  # row 1, column 3
     group = lambda frames: np.asarray(frames).reshape(192)
-    want = np.stack([group(np.repeat(video[:, :1], 4, axis=1)), group(video[:, 1:])]) @ basis
-    np.testing.assert_allclose(means[0, :, 0, 0], want, atol=1e-5)
+    own = basis[1, 3]
+    want = np.stack([group(np.repeat(here[:, :1], 4, axis=1)), group(here[:, 1:])]) @ own
+    np.testing.assert_allclose(means[0, :, 1, 3], want, atol=1e-5)
     frames, _ = bare.decode(latents)
-    back = (want @ basis.T).reshape(2, 4, 4, 4, 3)
-    np.testing.assert_allclose(frames[0], np.concatenate([back[0, -1:], back[1]]), atol=1e-4)
+    back = (want @ own.T).reshape(2, 4, 4, 4, 3)
+    back = np.concatenate([back[0, -1:], back[1]])
+    np.testing.assert_allclose(frames[0, :, 4:8, 12:16], back, atol=1e-4)
 
 
 def test_gradient_reaches_every_weight_of_cells(cells):
@@ -248,7 +260,7 @@ def test_gradient_reaches_every_weight_of_cells(cells):
         more, _ = vae.shown(mean[:, 1:], cache)
         return jnp.mean(frames**2) + jnp.mean(more**2) + jnp.mean(spread)
 
-    grads = jax.jit(jax.grad(loss))(cells, noise(1, 9, 12, 8, 3))
+    grads = jax.jit(jax.grad(loss))(cells, noise(1, 9, 12, 20, 3))
     for path, grad in leaves(grads).items():
         assert jnp.isfinite(grad).all() and jnp.abs(grad).max() > 0, path
 

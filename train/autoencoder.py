@@ -37,7 +37,7 @@ from train.state import Learner, Metrics, averaged, begin, learn
 MAY_DIFFER = ("steps", "save_every", "keep", "judge_every", "focus", "square", "edges", "motion")
 JUDGED = 24  # clips that the decoder is measured on
 CLOSED = "out.kernel"  # what residuals, attention and heads end with
-PEOPLE = 256  # puppets whose pixels the first code is made from
+PEOPLE, CROWDS = 256, 16  # puppets whose pixels the first code is made from
 POINTS = 3  # frames between two random targets of a mouth
 
 
@@ -84,25 +84,48 @@ def fresh(exp: Autoencoder, key: Key[Array, ""]) -> VAE:
     new |= {f"{path}.kernel": jnp.eye(len(known[f"{path}.kernel"]))
             for path in ("to_moments", "from_latents")}  # fmt: skip
     new["encoder.head.out.bias"] = known["encoder.head.out.bias"].at[cfg.z_dim :].set(-5.0)
-    middle, look, show = components(exp, keys[1])
-    new |= {"encoder.look.kernel": look, "encoder.look.bias": -middle @ look}
-    new |= {"decoder.show.kernel": show, "decoder.show.bias": middle}
+    look, show, dull, mean = components(exp, keys[1])
+    new |= {"encoder.look.kernel": look, "encoder.look.bias": dull}
+    new |= {"decoder.show.kernel": show, "decoder.show.bias": mean}
     return replace(vae, known | new)
 
 
-def components(exp: Autoencoder, key: Key[Array, ""]) -> tuple[Array, Array, Array]:
-    """Mean of the pixels of a latent, and maps to their principal components, each of unit
-    variance, and back; a quarter of the cells stand still, as first frames do."""
-    size, group = exp.vae.pixels_per_latent, exp.vae.frames_per_latent
-    video = drawn(key, PEOPLE, group, exp.size).video
-    still = jnp.repeat(video[: PEOPLE // 4, :1], group, axis=1)
-    video = jnp.concatenate([video[PEOPLE // 4 :], still])
-    cells = rearrange(video, "b f (h p) (w q) c -> (b h w) (f p q c)", p=size, q=size)
-    middle = jnp.mean(cells, axis=0)
-    apart = cells - middle[None]
-    power, axes = jnp.linalg.eigh(apart.T @ apart / len(cells))
-    axes, spread = axes[:, -exp.vae.z_dim :], jnp.sqrt(power[-exp.vae.z_dim :])
-    return middle, axes / spread[None], (axes * spread[None]).T
+def components(exp: Autoencoder, key: Key[Array, ""]) -> tuple[Array, Array, Array, Array]:
+    """The best linear code of each place: kernels of `look` and of `show`, and their biases.
+
+    Of the principal components of a place's own pixels that basis is taken which is nearest to
+    the components of all places together: so a channel means much the same everywhere, as the
+    diffusion model's patches want it, and a place still has what only it needs, as mouths have
+    motion. A quarter of the clips stand still, as first frames do.
+    """
+    size, group, z = exp.vae.pixels_per_latent, exp.vae.frames_per_latent, exp.vae.z_dim
+
+    def some(total: tuple[Array, Array], key: Key[Array, ""]) -> tuple[tuple[Array, Array], None]:
+        video = drawn(key, PEOPLE, group, exp.size).video
+        still = jnp.repeat(video[: PEOPLE // 4, :1], group, axis=1)
+        video = jnp.concatenate([video[PEOPLE // 4 :], still])
+        x = rearrange(video, "b t (h p) (w q) c -> (h w) b (t p q c)", p=size, q=size)
+        return (total[0] + jnp.sum(x, axis=1), total[1] + jnp.matmul(x.mT, x)), None
+
+    rows, columns = exp.vae.grid
+    pixels = 3 * group * size**2
+    zeros = jnp.zeros((rows * columns, pixels)), jnp.zeros((rows * columns, pixels, pixels))
+    (sums, squares), _ = jax.lax.scan(some, zeros, jax.random.split(key, CROWDS))
+    mean, square = sums / (PEOPLE * CROWDS), squares / (PEOPLE * CROWDS)
+    middle = jnp.mean(mean, axis=0)
+    outer = lambda x: x[..., :, None] * x[..., None, :]
+    power, shared = jnp.linalg.eigh(jnp.mean(square, axis=0) - outer(middle))
+    shared, spread = shared[:, -z:], jnp.sqrt(power[-z:])
+    _, own = jnp.linalg.eigh(square - outer(mean))
+    own = own[:, :, -z:]
+    u, _, v = jnp.linalg.svd(jnp.matmul(own.mT, shared[None]), full_matrices=False)
+    own = jnp.matmul(own, jnp.matmul(u, v))
+    look, show = own / spread[None, None], own.mT * spread[None, :, None]
+    dull = -jnp.matmul(middle[None], look)  # [places, 1, z]
+    usual = jnp.matmul(mean[:, None], look) + dull  # the code of what a place mostly shows
+    back = mean - jnp.matmul(usual, show)[:, 0]
+    fold = lambda x: x.reshape(rows, columns, *x.shape[1:])
+    return fold(look), fold(show), fold(dull[:, 0]), fold(back)
 
 
 def loss(

@@ -14,7 +14,8 @@
 
 Each part is a command of its own that goes on where it was, so this one does: stop it at any
 moment and start it again. What reads captions and pictures (`train.text`, `train.readers`) is
-taken as it is shipped, for what is trained here has learnt its rows.
+taken as it is shipped, for what is trained here has learnt its rows; and so is the VAE, unless it
+is to be trained --anew or that was begun.
 """
 
 import argparse
@@ -44,10 +45,10 @@ from train.experiment import Autoencoder
 from train.run import load
 from train.text import TEXT, TEXT_LEN
 
-OUT = Path("runs/puppet")
+OUT, SIZE = Path("runs/puppet"), 64
 SHIPPED = packed.PRESETS / packed.PRESET
 MODEL, SHARDS, PRESET = OUT / "model", OUT / "shards", OUT / "preset"
-CLIPS = 1500  # to train
+CLIPS = 1200  # to train
 LATENTS = 21  # of a clip: 7 blocks
 MEASURED = 64  # puppets that the spread of latents is taken from
 
@@ -75,6 +76,17 @@ def focus() -> tuple[tuple[float, ...], ...]:
 # ---- the parts
 
 
+def is_shipped() -> bool:
+    """Whether the VAE is taken as it is shipped: there is one, and no run of another."""
+    there = packed.file_of(SHIPPED, "vae").is_file() and (SHIPPED / "config.json").is_file()
+    return there and not (OUT / "vae").exists()
+
+
+def make_vae() -> None:
+    if not is_shipped():
+        command("train.autoencoder", "configs/puppet_vae.py", "--out", OUT / "vae")()
+
+
 def command(*words: str | Path) -> Callable[[], None]:
     """A part that is a command of its own; what it says is enough where it fails."""
 
@@ -90,6 +102,12 @@ def command(*words: str | Path) -> Callable[[], None]:
 
 def make_model() -> None:
     """Config, VAE and text encoder, for everything after the VAE."""
+    _copy(SHIPPED, ("text.safetensors", TOKENIZER), MODEL)
+    if is_shipped():
+        cfg = checkpoint.load_config(SHIPPED)
+        _copy(SHIPPED, ("vae.safetensors",), MODEL)
+        packed.pack(MODEL, networks(cfg.vae, cfg.size or SIZE), {})
+        return
     exp = load(Path("configs/puppet_vae.py"), (Autoencoder,))
     step, arrays = export.weights(OUT / "vae", "average")
     if step < exp.steps:
@@ -98,7 +116,6 @@ def make_model() -> None:
     middle, spread = (tuple(map(float, x)) for x in jax.jit(functools.partial(_spread, exp))(vae))
     cfg = dataclasses.replace(exp.vae, latent_mean=middle, latent_std=spread)
     vae = replace(jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))), _on_device(arrays))
-    _copy(SHIPPED, ("text.safetensors", TOKENIZER), MODEL)
     packed.pack(MODEL, networks(cfg, exp.size), {"vae": vae})
 
 
@@ -144,7 +161,7 @@ def parts() -> dict[str, Callable[[], None]]:
         f"train.{stage}", f"configs/puppet_{name}.py", "--out", OUT / name
     )
     return {
-        "vae": train("autoencoder", "vae"),
+        "vae": make_vae,
         "model": make_model,
         "shards": command("train.puppets", "--model", MODEL, "--out", SHARDS, "--count",
                           str(CLIPS), "--latents", str(LATENTS)),
@@ -166,8 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--anew", action="store_true", help="train a VAE, too")
     parser.add_argument("--until", choices=tuple(all_parts), help="the last part to do")
     args = parser.parse_args(argv)
+    if args.anew:
+        (OUT / "vae").mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             for name, make in all_parts.items():

@@ -236,6 +236,19 @@ class CellHead(nnx.Module):
         return self.out(jax.nn.silu(self.norm(x))), ()
 
 
+class Places(nnx.Module):
+    """A linear map of its own for each place of a picture: drawn heads are nearly aligned."""
+
+    def __init__(self, cfg: VAEConfig, inputs: int, outputs: int):
+        rows, columns = cfg.grid
+        self.kernel = nnx.Param(jnp.zeros((rows, columns, inputs, outputs), cfg.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((rows, columns, outputs), cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
+        y = jnp.einsum("b f h w i, h w i o -> b f h w o", x, self.kernel[...].astype(x.dtype))
+        return y + self.bias[...].astype(x.dtype)[None, None]
+
+
 class CellEncoder(nnx.Module):
     """The pixels of each latent by a linear map, and what cells add to it; no memory. The first
     frame of a video stands still for the others of its latent."""
@@ -243,8 +256,9 @@ class CellEncoder(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
         pixels, (count, _) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
-        self.look = Linear(pixels, cfg.z_dim, cfg.param_dtype, rngs=rngs)
+        self.look = Places(cfg, pixels, cfg.z_dim)
         self.into = Linear(pixels, cfg.dim, cfg.param_dtype, rngs=rngs)
+        self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
         self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
         self.attention = Attention(cfg, cfg.dim, rngs=rngs)
         self.head = CellHead(cfg, 2 * cfg.z_dim, rngs=rngs)
@@ -257,7 +271,8 @@ class CellEncoder(nnx.Module):
             q=self.size,
         )  # fmt: skip
         *first, last = self.cells
-        y, _ = _run([*first, self.attention, last, self.head], self.into(x), None)
+        y = self.into(x) + self.place[...].astype(x.dtype)[None, None]
+        y, _ = _run([*first, self.attention, last, self.head], y, None)
         means = self.look(x)
         return y + jnp.pad(means, (*((0, 0),) * 4, (0, means.shape[-1]))), FeatureCache(())
 
@@ -269,15 +284,18 @@ class CellDecoder(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
         pixels, (_, count) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
-        self.show = Linear(cfg.z_dim, pixels, cfg.param_dtype, rngs=rngs)
+        self.show = Places(cfg, cfg.z_dim, pixels)
         self.conv_in = CausalConv(cfg, cfg.z_dim, cfg.dim, rngs=rngs)
+        self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
         self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
         self.attention = Attention(cfg, cfg.dim, rngs=rngs)
         self.head = CellHead(cfg, pixels, rngs=rngs)
 
     def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
         first, *rest = self.cells
-        y, after = _run([self.conv_in, first, self.attention, *rest, self.head], latent, cache)
+        y, after = _run([self.conv_in], latent, cache)
+        y = y + self.place[...].astype(y.dtype)[None, None]
+        y, _ = _run([first, self.attention, *rest, self.head], y, None)
         frames = rearrange(
             y + self.show(latent), "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=self.group,
             p=self.size, q=self.size,
@@ -330,15 +348,18 @@ class VAE(nnx.Module):
         with the cache of the call before it goes on (F = 4f). However the latents are cut into
         calls, the frames are the same. Memory is that of one latent, and of the frames returned.
 
-        Raises LiveAvatarError when there is no latent, it has not the published channels, or the
-        cache is of another video.
+        Raises LiveAvatarError when there is no latent, it has not the right channels or, of cells,
+        size, or the cache is of another video.
         """
-        if latents.shape[1] < 1 or latents.shape[-1] != self.cfg.z_dim:
+        grid = latents.shape[2:4] if self.cfg.cells is None else self.cfg.grid
+        fits = latents.shape[2:] == (*grid, self.cfg.z_dim)
+        _check_cache(cache, latents, "decode")
+        if latents.shape[1] < 1 or not fits:
+            rows, columns = ("rows", "columns") if self.cfg.cells is None else grid
             raise LiveAvatarError(
                 f"latents of shape {latents.shape} cannot be decoded; give at least one, as "
-                f"(batch, frames, rows, columns, {self.cfg.z_dim})"
+                f"(batch, frames, {rows}, {columns}, {self.cfg.z_dim})"
             )
-        _check_cache(cache, latents, "decode")
         return _stream(self.shown, latents, cache, 1)
 
     def moments(
@@ -363,6 +384,12 @@ class VAE(nnx.Module):
         if height % size or width % size:
             raise LiveAvatarError(
                 f"video is {width}×{height} pixels; crop or scale it to multiples of {size}"
+            )
+        if self.cfg.cells is not None and (height // size, width // size) != self.cfg.grid:
+            rows, columns = self.cfg.grid
+            raise LiveAvatarError(
+                f"video is {width}×{height} pixels; this VAE knows {columns * size}×{rows * size} "
+                "alone"
             )
         group = self.cfg.frames_per_latent
         if frames < 1 or (frames - begins) % group:
