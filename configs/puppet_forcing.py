@@ -11,11 +11,11 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, focus
 
-STEPS = 1500
+STEPS = 2300
 
 
 def config() -> Forcing:
-    rate = optax.warmup_cosine_decay_schedule(0.0, 6e-4, 50, STEPS, 3e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1.2e-3, 50, STEPS, 3e-5)
     return Forcing(
         model=load_config(MODEL),
         start=str(OUT / "teacher_model"),

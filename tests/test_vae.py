@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from liveavatar_jax.config import LATENT_MEAN, VAEConfig
+from liveavatar_jax.models.causal import CausalConv
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
-from liveavatar_jax.models.vae import VAE, CausalConv, denormalise, normalise
+from liveavatar_jax.models.vae import VAE, denormalise, normalise
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights.rules import export, load

@@ -4,12 +4,8 @@ A video begins with one frame that makes one latent by itself; every later laten
 frames, and each for 8×8 pixels. Nothing looks ahead, so a video of any length passes through in
 pieces: each call takes the `FeatureCache` of the one before and returns the next.
 
-Small presets have the same interface over a coder of their own (`cells`): the pixels of a latent
-are one position from the first layer to the last, so that all the work is products of wide
-matrices, a quarter of them a frame.
+Small presets have the same interface over a coder of their own, see cells.py.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,65 +13,19 @@ from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
-from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
+from liveavatar_jax.models.causal import (
+    Attention,
+    CausalConv,
+    Conv,
+    FeatureCache,
+    Norm,
+    Tail,
+    run,
+)
+from liveavatar_jax.models.cells import CellDecoder, CellEncoder
+from liveavatar_jax.models.conv import conv2d, conv2d_doubled
 from liveavatar_jax.models.layers import Linear, along_last
-from liveavatar_jax.types import Array, Float, LiveAvatarError, struct
-
-Tail = Any  # what one layer keeps: arrays of frames; None before the first frame of a video
-
-
-@struct
-class FeatureCache:
-    """What a coder remembers of a video: the last input frames of every convolution over time.
-
-    A pytree of arrays whose shapes depend on the config and the frame size only, about 9.5 KB
-    a pixel for the published decoder in float32. It comes out of a call that was given none; an
-    encoder and a decoder each have their own.
-    """
-
-    tails: tuple[Tail, ...]  # one per layer, in the order they run
-
-
-class Conv(nnx.Module):
-    """Kernel and bias of a convolution, for the layers below to apply."""
-
-    def __init__(self, cfg: VAEConfig, c: int, out: int, window, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.lecun_normal()
-        dtype = jnp.dtype(cfg.param_dtype)
-        shape = (*window, c, out)
-        self.kernel = nnx.Param(init(rngs.params(), shape, dtype))
-        self.bias = nnx.Param(jnp.zeros((out,), dtype))
-
-    def shift(self, x: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
-        return x + along_last(self.bias[...], x)
-
-
-class CausalConv(Conv):
-    """A convolution over the current frame and the two before it, zeros before the first."""
-
-    def __init__(self, cfg: VAEConfig, c: int, out: int, window=(3, 3, 3), *, rngs: nnx.Rngs):
-        super().__init__(cfg, c, out, window, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        kernel = self.kernel[...]
-        if tail is None:  # one frame: the zeros before it leave one tap of three
-            return self.shift(conv2d(x, kernel[-1])), jnp.concatenate([jnp.zeros_like(x), x], 1)
-        x = jnp.concatenate([tail, x], axis=1)
-        return self.shift(conv3d(x, kernel)), x[:, -2:]
-
-
-class Norm(nnx.Module):
-    """Root mean square norm over channels, in float32, followed by SiLU where a layer says so."""
-
-    def __init__(self, cfg: VAEConfig, c: int, *, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones((c,), cfg.param_dtype))
-
-    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        wide = x.astype(jnp.float32)
-        square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-        unit = wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # published: length at least 1e-12
-        scale = along_last(self.scale[...], wide) * x.shape[-1] ** 0.5
-        return (unit * scale).astype(x.dtype)
+from liveavatar_jax.types import Array, Float, LiveAvatarError
 
 
 class Residual(nnx.Module):
@@ -94,22 +44,6 @@ class Residual(nnx.Module):
         y, second = self.conv2(jax.nn.silu(self.norm2(y)), second)
         x = x if self.shortcut is None else self.shortcut(x)
         return x + y, (first, second)
-
-
-class Attention(nnx.Module):
-    """One-headed self-attention of each frame by itself."""
-
-    def __init__(self, cfg: VAEConfig, c: int, *, rngs: nnx.Rngs):
-        self.norm = Norm(cfg, c, rngs=rngs)
-        self.qkv = Linear(c, 3 * c, cfg.param_dtype, rngs=rngs)
-        self.out = Linear(c, c, cfg.param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b f h w (n c) -> n (b f) (h w) c", n=3)
-        scores = jnp.einsum("b t c, b s c -> b t s", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * x.shape[-1] ** -0.5).astype(x.dtype)
-        y = jnp.einsum("b t s, b s c -> b t c", weights, v)
-        return x + self.out(y.reshape(x.shape)), ()
 
 
 class Downsample(nnx.Module):
@@ -187,7 +121,7 @@ class Encoder(nnx.Module):
         self.head = Head(cfg, c, 2 * cfg.z_dim, rngs=rngs)
 
     def __call__(self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None):
-        return _run([self.conv_in, *self.down, *self.middle, self.head], frames, cache)
+        return run([self.conv_in, *self.down, *self.middle, self.head], frames, cache)
 
 
 class Decoder(nnx.Module):
@@ -209,98 +143,7 @@ class Decoder(nnx.Module):
         self.head = Head(cfg, c, 3, rngs=rngs)
 
     def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
-        return _run([self.conv_in, *self.middle, *self.up, self.head], latent, cache)
-
-
-class Cell(nnx.Module):
-    """Norm, SiLU, 3×3 convolution, SiLU, linear map; the input is added."""
-
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        self.norm = Norm(cfg, cfg.dim, rngs=rngs)
-        self.conv = Conv(cfg, cfg.dim, cfg.dim, (3, 3), rngs=rngs)
-        self.out = Linear(cfg.dim, cfg.dim, cfg.param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        y = self.conv.shift(conv2d(jax.nn.silu(self.norm(x)), self.conv.kernel[...]))
-        return x + self.out(jax.nn.silu(y)), ()
-
-
-class CellHead(nnx.Module):
-    """Norm, SiLU and a linear map."""
-
-    def __init__(self, cfg: VAEConfig, out: int, *, rngs: nnx.Rngs):
-        self.norm = Norm(cfg, cfg.dim, rngs=rngs)
-        self.out = Linear(cfg.dim, out, cfg.param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        return self.out(jax.nn.silu(self.norm(x))), ()
-
-
-class Places(nnx.Module):
-    """A linear map of its own for each place of a picture: drawn heads are nearly aligned."""
-
-    def __init__(self, cfg: VAEConfig, inputs: int, outputs: int):
-        rows, columns = cfg.grid
-        self.kernel = nnx.Param(jnp.zeros((rows, columns, inputs, outputs), cfg.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((rows, columns, outputs), cfg.param_dtype))
-
-    def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
-        y = jnp.einsum("b f h w i, h w i o -> b f h w o", x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype)[None, None]
-
-
-class CellEncoder(nnx.Module):
-    """The pixels of each latent by a linear map, and what cells add to it; no memory. The first
-    frame of a video stands still for the others of its latent."""
-
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
-        pixels, (count, _) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
-        self.look = Places(cfg, pixels, cfg.z_dim)
-        self.into = Linear(pixels, cfg.dim, cfg.param_dtype, rngs=rngs)
-        self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
-        self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
-        self.attention = Attention(cfg, cfg.dim, rngs=rngs)
-        self.head = CellHead(cfg, 2 * cfg.z_dim, rngs=rngs)
-
-    def __call__(self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None):
-        if cache is None:
-            frames = jnp.repeat(frames, self.group, axis=1)
-        x = rearrange(
-            frames, "b (f t) (h p) (w q) c -> b f h w (t p q c)", t=self.group, p=self.size,
-            q=self.size,
-        )  # fmt: skip
-        *first, last = self.cells
-        y = self.into(x) + self.place[...].astype(x.dtype)[None, None]
-        y, _ = _run([*first, self.attention, last, self.head], y, None)
-        means = self.look(x)
-        return y + jnp.pad(means, (*((0, 0),) * 4, (0, means.shape[-1]))), FeatureCache(())
-
-
-class CellDecoder(nnx.Module):
-    """The inverse: pixels by a linear map of their latent, and what cells add, which see this
-    latent and the two before it. Of the first latent of a video the last frame is shown."""
-
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
-        pixels, (_, count) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
-        self.show = Places(cfg, cfg.z_dim, pixels)
-        self.conv_in = CausalConv(cfg, cfg.z_dim, cfg.dim, rngs=rngs)
-        self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
-        self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
-        self.attention = Attention(cfg, cfg.dim, rngs=rngs)
-        self.head = CellHead(cfg, pixels, rngs=rngs)
-
-    def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
-        first, *rest = self.cells
-        y, after = _run([self.conv_in], latent, cache)
-        y = y + self.place[...].astype(y.dtype)[None, None]
-        y, _ = _run([first, self.attention, *rest, self.head], y, None)
-        frames = rearrange(
-            y + self.show(latent), "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=self.group,
-            p=self.size, q=self.size,
-        )  # fmt: skip
-        return frames if cache is not None else frames[:, -1:], after
+        return run([self.conv_in, *self.middle, *self.up, self.head], latent, cache)
 
 
 class VAE(nnx.Module):
@@ -412,16 +255,6 @@ def denormalise(latents: Float[Array, "*n c"], cfg: VAEConfig) -> Float[Array, "
 def _statistics(like: Float[Array, "*n c"], cfg: VAEConfig) -> list[Float[Array, "*ones c"]]:
     known = (cfg.latent_mean, cfg.latent_std)
     return [along_last(jnp.asarray(values), like) for values in known]
-
-
-def _run(layers, x, cache):
-    """One piece of a video through all layers, each with its own tail."""
-    tails = [None] * len(layers) if cache is None else cache.tails
-    kept = []
-    for layer, tail in zip(layers, tails, strict=True):
-        x, tail = layer(x, tail)
-        kept.append(tail)
-    return x, FeatureCache(tuple(kept))
 
 
 def _stream(step, x, cache, group: int):
