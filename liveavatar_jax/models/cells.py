@@ -20,7 +20,7 @@ from liveavatar_jax.models.causal import (
 )
 from liveavatar_jax.models.conv import conv2d
 from liveavatar_jax.models.layers import Linear
-from liveavatar_jax.types import Float
+from liveavatar_jax.types import Array, Float
 
 
 class Cell(nnx.Module):
