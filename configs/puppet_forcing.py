@@ -11,7 +11,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, focus
 
-STEPS = 2300
+STEPS = 2000
 
 
 def config() -> Forcing:

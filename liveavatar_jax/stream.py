@@ -360,6 +360,9 @@ def forward(
     slot: int | Int[Array, ""],
     layout: Layout,
 ) -> tuple[Float[Array, "b f h w c"], KV]:
+    pose = flight.pose
+    if pose is None and model.cfg.pose == "sink":
+        pose = jnp.broadcast_to(flight.first, flight.x.shape)
     return model.dit.denoise(
         flight.x,
         level,
@@ -371,7 +374,7 @@ def forward(
         position=flight.position,
         distance=flight.distance[:, step],
         speakers=state.speakers,
-        pose=flight.pose,
+        pose=pose,
         layout=layout,
     )
 

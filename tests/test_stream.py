@@ -272,6 +272,25 @@ def test_a_random_sink_distance_is_drawn_per_forward_within_its_range():
     assert (np.asarray(stream.draw(avatar(), state).distance) == 20).all()
 
 
+def test_a_sink_that_does_not_roll_is_left_behind():
+    """Rolling, it keeps its distance, and a block is the same wherever in the video it is."""
+    for distance, same in ((20, close), (None, differ)):
+        model = avatar(distance=distance, motion=False)
+        near, far = (roll(model, started(model, position=at), 1)[0] for at in (100, 200))
+        same(near, far)
+
+
+def test_the_sink_stands_in_for_a_pose():
+    model, plain = avatar(pose="sink"), avatar()
+    state = started(model)
+    drawn = stream.draw(model, state)
+    shown = dataclasses.replace(chunk(0), pose=jnp.repeat(state.first, 3, axis=1))
+    _, x = denoise(model, state, drawn, chunk(0))
+    _, y = denoise(plain, state, drawn, shown)
+    close(x, y)
+    differ(x, denoise(plain, state, drawn, chunk(0))[1])
+
+
 def test_two_speakers_are_heard_where_their_masks_are():
     model = avatar()
     left = jnp.tile(jnp.asarray([1.0, 1.0, 0.0, 0.0]), 4)

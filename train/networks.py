@@ -1,5 +1,6 @@
 """The networks of a run: one frozen base with adapters, or whole ones."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from liveavatar_jax.config import StreamConfig
 from liveavatar_jax.diffusion.losses import Discriminator
 from liveavatar_jax.models import lora
 from liveavatar_jax.models.clip import Condition, condition
@@ -67,7 +69,7 @@ def conditioned(
     apart = by_block and exp.model.stream.audio_past == "repeat"
     blocks = features.shape[2] // (4 * exp.model.stream.block_frames) if apart else 1
     reference, motion = batch["reference"].astype(dtype), motion.astype(dtype)
-    return condition(
+    given = condition(
         dit,
         reference,
         motion if exp.model.stream.motion else None,
@@ -75,3 +77,11 @@ def conditioned(
         features if audio else jnp.zeros_like(features),
         blocks=blocks,
     )
+    return posed(given, exp.model.stream, features.shape[2] // 4)
+
+
+def posed(given: Condition, cfg: StreamConfig, frames: int) -> Condition:
+    """What a stream shows in the place of a pose, in so many latent frames."""
+    if cfg.pose == "none":
+        return given
+    return dataclasses.replace(given, pose=jnp.repeat(given.reference, frames, axis=1))

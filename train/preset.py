@@ -62,7 +62,8 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
         latent_channels=vae.z_dim, text_dim=TEXT.dim, text_len=TEXT_LEN, audio_dim=width,
         audio_layers=layers, audio_tokens=4, inject_layers=(0, 1, 2), param_dtype="float32",
     )  # fmt: skip
-    stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", dtype="float32")
+    stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", pose="sink",
+                          dtype="float32")  # fmt: skip
     return ModelConfig(dit=dit, vae=vae, text=TEXT, stream=stream, mel=mel, size=size)
 
 

@@ -41,6 +41,7 @@ from liveavatar_jax.protocol import Request, frames_of
 from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 from train.clips import CRF
+from train.networks import posed
 from train.preset import OUT, PRESET
 from train.puppets import sounding
 
@@ -160,6 +161,7 @@ def _taught(
 ) -> Array:
     shown = stream.encode_portrait(avatar, picture)
     given = condition(avatar.dit, shown.reference, shown.motion, context, features)
+    given = posed(given, avatar.cfg, FRAMES // 4)
     _, _, *cell = shown.reference.shape
     x = jax.random.normal(key, (1, FRAMES // 4, *cell))
     levels = sampling_levels(TEACHER_STEPS, SOLVER_SHIFT)
