@@ -11,7 +11,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, focus
 
-STEPS = 2100
+STEPS = 2000
 
 
 def config() -> Forcing:
@@ -20,7 +20,7 @@ def config() -> Forcing:
         model=load_config(MODEL),
         start=str(OUT / "teacher_model"),
         adapters=None,
-        objective=DiffusionForcing(shift=3.0, bell=False, focus=focus()),
+        objective=DiffusionForcing(shift=1.0, bell=False, focus=focus()),
         optimiser=optax.adam(rate, 0.9, 0.98),
         motion="still",
         scaffold=False,

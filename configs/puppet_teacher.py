@@ -19,7 +19,7 @@ def config() -> Forcing:
     return Forcing(
         model=load_config(MODEL),
         adapters=None,
-        objective=FlowMatching(shift=3.0, bell=False, focus=focus()),
+        objective=FlowMatching(shift=1.0, bell=False, focus=focus()),
         optimiser=optax.adam(rate, 0.9, 0.98),
         motion="still",
         scaffold=False,
