@@ -1,6 +1,8 @@
 """Stage 2 of the puppet preset: self-forcing DMD to 4 steps.
 
 uv run --extra train --extra puppet python -m train.preset --until preset
+
+Has not run yet: steps and rates are guesses.
 """
 
 import optax

@@ -1,6 +1,10 @@
 """Stage 1 of the puppet preset: the teacher becomes causal.
 
 uv run --extra train --extra puppet python -m train.preset --until "pack forcing"
+
+Two shared cores of an AMD EPYC: 500 ms a step, 17 minutes. The shipped weights began with those of
+318 steps of a teacher and 716 steps of stage 1 that saw no pose. Expected: flow error 0.62, mouth
+0.57 with the truth; still falling, so many more steps are worth it.
 """
 
 import optax

@@ -1,6 +1,9 @@
 """The teacher of the puppet preset: it sees whole clips, both ways, at one noise level each.
 
 uv run --extra train --extra puppet python -m train.preset --until "pack teacher"
+
+Two shared cores of an AMD EPYC: 520 ms a step. Stopped after 318 steps so far, so what to expect
+is not known.
 """
 
 import optax

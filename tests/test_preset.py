@@ -1,4 +1,4 @@
-"""The puppet preset before it is trained: what its parts are, and that they fit each other."""
+"""The puppet preset: what its parts are, and that they fit each other."""
 
 from pathlib import Path
 
@@ -25,7 +25,8 @@ def model() -> ModelConfig:
 def test_it_ships_in_thirty_megabytes():
     count = lambda which: sum(x.size for x in jax.tree.leaves(checkpoint.abstract(model(), which)))
     weights = sum(map(count, ("dit", "vae")))
-    there = sum(file.stat().st_size for file in preset.SHIPPED.iterdir() if file.stem != "dit")
+    new = ("dit", "vae")
+    there = sum(file.stat().st_size for file in preset.SHIPPED.iterdir() if file.stem not in new)
     assert 2 * weights + there < 30e6
 
 
@@ -59,6 +60,7 @@ def test_its_stages_follow_each_other(tmp_path, monkeypatch):
 def test_a_vae_that_is_not_done_is_not_built_upon(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preset, "load", lambda *_: VAE)
+    (preset.OUT / "vae").mkdir(parents=True)  # a run of its own, which goes before what is shipped
     monkeypatch.setattr(preset.export, "weights", lambda *_: (250, {}))
     with pytest.raises(LiveAvatarError, match=rf"is at step 250 of {VAE.steps}; let it finish"):
         preset.make_model()
