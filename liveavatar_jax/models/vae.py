@@ -120,8 +120,12 @@ class Encoder(nnx.Module):
         self.middle = nnx.List(middle(cfg, c, rngs=rngs))
         self.head = Head(cfg, c, 2 * cfg.z_dim, rngs=rngs)
 
+    @property
+    def layers(self) -> list:
+        return [self.conv_in, *self.down, *self.middle, self.head]
+
     def __call__(self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None):
-        return run([self.conv_in, *self.down, *self.middle, self.head], frames, cache)
+        return run(self.layers, frames, cache)
 
 
 class Decoder(nnx.Module):
@@ -142,8 +146,12 @@ class Decoder(nnx.Module):
         self.up = nnx.List(up)
         self.head = Head(cfg, c, 3, rngs=rngs)
 
+    @property
+    def layers(self) -> list:
+        return [self.conv_in, *self.middle, *self.up, self.head]
+
     def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
-        return run([self.conv_in, *self.middle, *self.up, self.head], latent, cache)
+        return run(self.layers, latent, cache)
 
 
 class VAE(nnx.Module):
