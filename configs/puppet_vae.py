@@ -20,11 +20,12 @@ def config() -> Autoencoder:
     return Autoencoder(
         vae,
         rate=2e-3,
+        linear=0.2,
         focus=(6.0, 4.0),
         square=2.0,
         motion=0.7,
         average=0.999,
-        steps=5_000,
-        judge_every=500,
+        steps=9_000,
+        judge_every=1000,
         save_every=1000,
     )

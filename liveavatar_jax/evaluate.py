@@ -99,6 +99,8 @@ def evaluate(request: Request, embed: Mapping[str, Embed] | None = None) -> Repo
 def _check(request: Request) -> None:
     if (request.weights is None) == (request.videos is None):
         raise LiveAvatarError("give either --weights, a model, or --videos, a folder of its videos")
+    if request.changes and request.weights is None:
+        raise LiveAvatarError("--set changes a model, which finished --videos are not")
     if request.protocol not in ("short", "long", "horizon"):
         raise LiveAvatarError(f"--protocol {request.protocol} must be short, long or horizon")
     for name in ("videos", "embeddings"):

@@ -362,7 +362,7 @@ def forward(
 ) -> tuple[Float[Array, "b f h w c"], KV]:
     pose = flight.pose
     if pose is None and model.cfg.pose == "sink":
-        pose = jnp.broadcast_to(flight.first, flight.x.shape)
+        pose = flight.first
     return model.dit.denoise(
         flight.x,
         level,

@@ -125,6 +125,7 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong, words", [
     ({"frames": 4}, r"frames = 4 must be 1 \+ 2 k"),
     ({"size": 20}, "size = 20 must divide by 8"),
+    ({"size": 24}, r"size = 24 must make \(2, 2\), as vae.grid has it"),
     ({"batch": 0}, "batch = 0 must be at least 1"),
     ({"vae": VAEConfig()}, "vae = .* must have cells"),
 ])  # fmt: skip

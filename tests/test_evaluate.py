@@ -261,6 +261,8 @@ def test_bad_input_is_one_sentence(weights, clips, tmp_path, capsys):
         (command(clips, out / "4", *videos), "c0.mp4"),
         (command(clips, out / "5", "--weights", tmp_path / "none"), "not a converted checkpoint"),
         (command(clips, out, *videos, "--limit", "0"), "--limit"),
+        (command(clips, out, *videos, "--set", "stream.history=0.0"), "--set changes a model"),
+        (command(clips, out / "7", "--weights", weights, "--set", "stream.histry=0"), "history"),
         (command(clips, out, *videos, "--real", "fid"), "NAME=FILE"),
         (command(clips, out, *videos, "--real", f"fid={tmp_path / 'flat.npz'}"), "flat.npz"),
         (command(clips, out, *videos, "--readers", clips), "clips.csv"),

@@ -6,8 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from liveavatar_jax import cli
 from liveavatar_jax.config import ModelConfig
+from liveavatar_jax.data.audio import load_audio
+from liveavatar_jax.metrics import sync
+from liveavatar_jax.metrics.readers import READERS, Readers
 from liveavatar_jax.models.audio import PAST
+from liveavatar_jax.protocol import frames_of
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
 from train import preset
@@ -28,6 +33,20 @@ def test_it_ships_in_thirty_megabytes():
     new = ("dit", "vae")
     there = sum(file.stat().st_size for file in preset.SHIPPED.iterdir() if file.stem not in new)
     assert 2 * weights + there < 30e6
+    assert sum(file.stat().st_size for file in preset.SHIPPED.iterdir()) < 30e6
+
+
+def test_what_is_shipped_speaks(tmp_path, capsys):
+    """The main job: the mouth of the video follows the loudness of the recording, and is where it
+    was when nobody is at it; not with another sound."""
+    out = tmp_path / "avatar.mp4"
+    assert cli.main(["generate", "--out", str(out), "--scale", "1"]) == 0
+    assert "220 frames (8.80 s of video)" in capsys.readouterr().out
+    frames = np.stack(list(frames_of(out)))
+    opening = Readers(preset.SHIPPED / READERS)(frames)["mouth"][:, 0]
+    level = sync.envelope(load_audio(preset.SHIPPED / packed.SPEECH))[: len(frames)]
+    assert sync.correlation(opening, level) > 0.4
+    assert abs(sync.correlation(opening, level[::-1])) < 0.25
 
 
 def test_it_hears_no_further_than_120_ms_and_has_the_frames_of_the_big_one():

@@ -281,6 +281,7 @@ def test_a_sink_that_does_not_roll_is_left_behind():
 
 
 def test_the_sink_stands_in_for_a_pose():
+    """As a pose video in which it stands still would be."""
     model, plain = avatar(pose="sink"), avatar()
     state = started(model)
     drawn = stream.draw(model, state)

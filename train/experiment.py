@@ -1,11 +1,9 @@
 """What an experiment is: every choice of a run, as a frozen dataclass that a config file builds."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 from flax import nnx
 
@@ -15,7 +13,10 @@ from liveavatar_jax.data.records import Shapes
 from liveavatar_jax.diffusion.losses import DMD, Critic, DiffusionForcing
 from liveavatar_jax.diffusion.rollout import Policy
 from liveavatar_jax.parallel.mesh import TrainMesh
+from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.weights.wan import LORA_TARGETS
+
+LINEAR = ("encoder.look", "decoder.show")  # the linear code within a VAE
 
 
 def adam(rate: float) -> optax.GradientTransformation:
@@ -160,7 +161,8 @@ class Autoencoder:
     frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
     focus: weights of mouth and of eyes. square: of the square error beside the absolute one, edges:
     of the gradients over rows and columns, motion: over frames. divergence: of the
-    posterior from the unit normal. rate: rises for `warm` steps, and falls along half a cosine.
+    posterior from the unit normal. rate: rises for `warm` steps, and falls along half a cosine;
+    `linear` times that for the linear code, which begins as the best there is.
     """
 
     vae: VAEConfig
@@ -169,6 +171,7 @@ class Autoencoder:
     frames: int = 9
     rate: float = 5e-4
     warm: int = 100
+    linear: float = 0.05
     focus: tuple[float, float] = (3.0, 3.0)
     square: float = 1.0
     edges: float = 0.7
@@ -186,17 +189,15 @@ class Autoencoder:
         insist(self.vae.cells is not None, self, "vae", "have cells, for only these are trained")
         group = self.vae.frames_per_latent
         insist((self.frames - 1) % group == 0, self, "frames", f"be 1 + {group} k")
-        side = self.vae.pixels_per_latent
+        side, grid = self.vae.pixels_per_latent, self.vae.grid
         insist(self.size % side == 0, self, "size", f"divide by {side}")
+        insist((self.size // side,) * 2 == grid, self, "size", f"make {grid}, as vae.grid has it")
         for name in ("batch", "steps", "judge_every", "save_every", "keep"):
             insist(getattr(self, name) >= 1, self, name, "be at least 1")
 
     @property
     def optimiser(self) -> optax.GradientTransformation:
-        """Adam; the linear code, which begins as the best there is, goes slowly."""
         rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, self.warm, self.steps)
-        linear = lambda path: any(f".{name}." in jax.tree_util.keystr(path, simple=True,
-                                  separator=".") for name in ("look", "show"))  # fmt: skip
-        is_linear = functools.partial(jax.tree.map_with_path, lambda path, _: linear(path))
-        slowly = optax.masked(optax.scale(0.05), is_linear)
+        linear = lambda params: replace(params, {p: p.startswith(LINEAR) for p in leaves(params)})
+        slowly = optax.masked(optax.scale(self.linear), linear)
         return optax.chain(optax.adam(rate, 0.9, 0.98), slowly)

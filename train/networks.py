@@ -77,11 +77,9 @@ def conditioned(
         features if audio else jnp.zeros_like(features),
         blocks=blocks,
     )
-    return posed(given, exp.model.stream, features.shape[2] // 4)
+    return posed(given, exp.model.stream)
 
 
-def posed(given: Condition, cfg: StreamConfig, frames: int) -> Condition:
-    """What a stream shows in the place of a pose, in so many latent frames."""
-    if cfg.pose == "none":
-        return given
-    return dataclasses.replace(given, pose=jnp.repeat(given.reference, frames, axis=1))
+def posed(given: Condition, cfg: StreamConfig) -> Condition:
+    """With what a stream shows where there is no pose."""
+    return dataclasses.replace(given, pose=given.reference) if cfg.pose == "sink" else given

@@ -1,9 +1,11 @@
 """What each mechanism of the puppet preset is worth, in one table:
 
+    python -m train.clips --out runs/puppet/clips --count 24
+    python -m train.variants --out runs/puppet/variants --rows full static clean steps-1
     python -m train.variants --out runs/puppet/variants
-    python -m train.variants --out runs/puppet/variants --rows full static clean
 
-Each row streams the held-out clips of `train.preset` once, and some of them for longer, with one
+The last one wants the models that `train.preset` leaves on its way, the others only the preset.
+Each row streams the clips once, and some of them for longer, with one
 thing changed, and judges them as `liveavatar-jax evaluate` does. What was judged is not judged
 again. The teacher cannot stream: it makes the first 84 frames of each clip at once. `coder` are
 the true clips through the VAE and back, which is the most that any row can reach.
@@ -42,10 +44,10 @@ from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 from train.clips import CRF
 from train.networks import posed
-from train.preset import OUT, PRESET
+from train.preset import OUT, SHIPPED
 from train.puppets import sounding
 
-FRAMES, TEACHER_STEPS, SOLVER_SHIFT = 84, 20, 2.0  # of what a teacher makes
+FRAMES, TEACHER_STEPS = 84, 20  # of what a teacher makes
 COLUMNS = ("mouth", "worst", "shuffled", "lag", "amplitude", "sharpness", "expression", "looks",
            "psnr", "psnr_mouth")  # fmt: skip
 GROWTH = ("looks", "looks_trend", "colour", "colour_trend")  # of the longer streams
@@ -56,7 +58,7 @@ class Row:
     """A model with changes of its config; `longer` ones are streamed for longer as well."""
 
     says: str
-    model: Path = PRESET
+    model: Path | None = None  # the preset
     changes: tuple[str, ...] = ()
     steps: int | None = None
     longer: bool = False
@@ -85,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
     parser.add_argument("--clips", type=Path, default=OUT / "clips" / "clips.csv")
+    parser.add_argument("--preset", type=Path, default=SHIPPED, metavar="DIR",
+                        help="what is judged (default: the built-in one)")  # fmt: skip
     parser.add_argument("--rows", nargs="+", choices=(*ROWS, PIPELINE), default=(*ROWS, PIPELINE))
     parser.add_argument("--seconds", type=float, default=60, help="of the longer streams")
     parser.add_argument("--limit", type=int, default=8, help="how many clips are streamed longer")
@@ -92,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in args.rows:
             if name != PIPELINE:
-                judge(name, args.out, args.clips, args.seconds, args.limit)
+                judge(name, args.preset, args.out, args.clips, args.seconds, args.limit)
         print(as_markdown(args.out))
         if PIPELINE in args.rows:
-            print(compare_drivers(args.out, read_takes(args.clips, 1)[0]))
+            print(compare_drivers(args.preset, args.out, read_takes(args.clips, 1)[0]))
         return 0
     except LiveAvatarError as error:
         print(f"variants: {error}", file=sys.stderr)
@@ -105,17 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def judge(name: str, out: Path, clips: Path, seconds: float, limit: int) -> None:
+def judge(name: str, preset: Path, out: Path, clips: Path, seconds: float, limit: int) -> None:
     row = ROWS[name]
+    model = row.model or preset
     asked = Request(
-        clips, out / name / "short", row.model, readers=PRESET / READERS, steps=row.steps,
+        clips, out / name / "short", model, readers=preset / READERS, steps=row.steps,
         changes=row.changes, timing=False,
     )  # fmt: skip
     if name in ("teacher", "coder"):
         make, seconds_of = (taught, FRAMES / FPS) if name == "teacher" else (coded, None)
         videos = out / name / "videos"
         videos.mkdir(parents=True, exist_ok=True)
-        make(row.model, read_takes(clips), videos)
+        make(model, read_takes(clips), videos)
         asked = dataclasses.replace(asked, weights=None, videos=videos, seconds=seconds_of)
     reports = [evaluate(asked)]
     if row.longer:
@@ -161,10 +166,10 @@ def _taught(
 ) -> Array:
     shown = stream.encode_portrait(avatar, picture)
     given = condition(avatar.dit, shown.reference, shown.motion, context, features)
-    given = posed(given, avatar.cfg, FRAMES // 4)
+    given = posed(given, avatar.cfg)
     _, _, *cell = shown.reference.shape
     x = jax.random.normal(key, (1, FRAMES // 4, *cell))
-    levels = sampling_levels(TEACHER_STEPS, SOLVER_SHIFT)
+    levels = sampling_levels(TEACHER_STEPS, avatar.cfg.shift)
     for now, then in itertools.pairwise(levels):
         velocity = bidirectional(avatar.dit, x, jnp.full(1, now), given)
         x = euler(x, velocity, jnp.asarray(now), jnp.asarray(then))
@@ -201,14 +206,15 @@ def _film(out: Path, take: Take, size: tuple[int, ...]) -> VideoWriter:
 # ---- one device, and the pipeline
 
 
-def compare_drivers(out: Path, take: Take) -> str:
+def compare_drivers(preset: Path, out: Path, take: Take) -> str:
     """The same clip by one device and by 4 + 1 fake ones: what both report, and how far apart
     the frames of the two files are."""
     told, films = [], []
+    out.mkdir(parents=True, exist_ok=True)
     for name, more in (("one", ()), ("pipeline", ("--mesh", "stage=4,vae=1", "--fake-devices",
                                                   "5"))):  # fmt: skip
         film = out / f"{name}.mp4"
-        words = ("generate", "--weights", PRESET, "--image", take.image, "--audio", take.audio,
+        words = ("generate", "--weights", preset, "--image", take.image, "--audio", take.audio,
                  "--out", film, "--device", "cpu", "--scale", "1", *more)  # fmt: skip
         command = [sys.executable, "-m", "liveavatar_jax.cli", *map(str, words)]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

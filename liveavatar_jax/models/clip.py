@@ -28,7 +28,7 @@ class Condition:
     text: KV  # "l b n t d"
     audio: AudioTokens
     speakers: Float[Array, "b a #f p"]
-    pose: Float[Array, "b f h w c"] | None = None
+    pose: Float[Array, "b #f h w c"] | None = None
 
 
 def condition(
@@ -172,7 +172,9 @@ def _twice(given: Condition) -> Condition:
     audio = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=2), given.audio)
     frames = given.speakers.shape[2]
     speakers = given.speakers if frames == 1 else jnp.concatenate([given.speakers] * 2, axis=2)
-    pose = None if given.pose is None else jnp.concatenate([given.pose] * 2, axis=1)
+    pose = given.pose
+    if pose is not None and pose.shape[1] > 1:
+        pose = jnp.concatenate([pose, pose], axis=1)
     return dataclasses.replace(given, audio=audio, speakers=speakers, pose=pose)
 
 

@@ -198,7 +198,7 @@ class CausalDiT(nnx.Module):
         position: Int[Array, " b"],
         distance: Int[Array, " b"],
         speakers: Float[Array, "b a #f p"],
-        pose: Float[Array, "b f h w c"] | None = None,
+        pose: Float[Array, "b #f h w c"] | None = None,
         layout: Layout = ONE_DEVICE,
     ) -> tuple[Float[Array, "b f h w c"], KV]:
         """Velocity of one block of a stream, and its keys and values for `cache.append`.
@@ -307,16 +307,17 @@ class CausalDiT(nnx.Module):
         return grid_phase(frames, jnp.arange(h // 2), jnp.arange(w // 2), self.cfg.head_dim)
 
     def embed(
-        self, x: Float[Array, "b f h w c"], pose: Float[Array, "b f h w c"] | None
+        self, x: Float[Array, "b f h w c"], pose: Float[Array, "b #f h w c"] | None
     ) -> Float[Array, "b f p dim"]:
-        """Noise tokens. No pose is a pose of zeros, of which the bias remains, as published."""
-        tokens = self.patch(patchify(x, PATCH))
+        """Noise tokens. No pose is a pose of zeros, of which the bias remains, as published; one
+        frame of it is that of all."""
+        by_frame = lambda tokens, f: rearrange(tokens, "b (f p) dim -> b f p dim", f=f)
+        tokens = by_frame(self.patch(patchify(x, PATCH)), x.shape[1])
         if pose is None:
             tokens = tokens + along_last(self.pose.bias[...], tokens)
         else:
-            tokens = tokens + self.pose(patchify(pose, PATCH))
-        kind = self.type_embedding[...].astype(x.dtype)[None, NOISE, None]
-        return rearrange(tokens + kind, "b (f p) dim -> b f p dim", f=x.shape[1])
+            tokens = tokens + by_frame(self.pose(patchify(pose, PATCH)), pose.shape[1])
+        return tokens + along_last(self.type_embedding[...][NOISE], tokens)
 
     def unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
         return rearrange(

@@ -167,7 +167,8 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
     attention = conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
     if vae.cells is not None:
         pixels = 3 * vae.frames_per_latent * vae.pixels_per_latent**2
-        cost = conv(z, z, 1) + conv(z, pixels, 1) + conv(z, c, 27) + conv(c, pixels, 1)
+        own = linear(size, frames, z, pixels) * (h * w)  # each place has a map of its own
+        cost = conv(z, z, 1) + own + conv(z, c, 27) + conv(c, pixels, 1)
         return cost + (conv(c, c, 9) + conv(c, c, 1)) * vae.cells[1] + attention
     cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c) * 2 + attention
     for level, out in enumerate(widths):
