@@ -182,13 +182,16 @@ def encode_prompt(folder: Path, cfg: ModelConfig, prompt: str | None) -> Float[A
     return rows[:, : int(mask.sum())]
 
 
-def ear(folder: Path, cfg: ModelConfig) -> tuple[speech.Encode, speech.SpeechWindow, float]:
+def ear(
+    folder: Path, cfg: ModelConfig, window: speech.SpeechWindow | None = None
+) -> tuple[speech.Encode, speech.SpeechWindow, float]:
     """What hears for this model, for `speech.file_features`, and what silence sounds like to it:
-    the speech encoder, or log-mel features in its place."""
+    the speech encoder, through `window` (that of files by default), or log-mel features in its
+    place, which have a window of their own."""
     if (mel := cfg.log_mel) is None:
         # On the last device: the first one is the most in demand where there are several.
         encoder: SpeechEncoder = jax.device_put(load(folder, "speech"), jax.local_devices()[-1])
-        window = speech.SpeechWindow.for_files()
+        window = window or speech.SpeechWindow.for_files()
         encode, silence = functools.partial(jax.jit(window_features), encoder), 0.0
     else:
         window = speech.mel_window(mel)

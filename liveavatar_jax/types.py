@@ -13,18 +13,28 @@ Video is channels-last everywhere: latents `b f h w c`, pixels `b F H W 3` in [-
 """
 
 import dataclasses
-from typing import TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
-import jax
-from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Int as Int
 from jaxtyping import Key as Key
-from jaxtyping import PyTree as PyTree
 from jaxtyping import UInt8 as UInt8
 
+if TYPE_CHECKING:
+    from jaxtyping import Array as Array
+
 T = TypeVar("T")
+
+
+def __getattr__(name: str) -> Any:
+    """`Array`, and JAX with it, where it is asked for: the front of `serve` uses the host's rooms
+    alone, and must start at once and without a device."""
+    if name == "Array":
+        from jaxtyping import Array
+
+        return Array
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class LiveAvatarError(ValueError):
@@ -38,6 +48,8 @@ def struct(cls: type[T]) -> type[T]:
     The shapes on its fields are for readers and never checked, for JAX also fills a pytree
     with stacked arrays, `PartitionSpec`s and `None`s on its way through `vmap` and `tree.map`.
     """
+    import jax
+
     cls = dataclasses.dataclass(frozen=True)(cls)
     cls.__no_type_check__ = True  # type: ignore[attr-defined]
     return jax.tree_util.register_dataclass(cls)

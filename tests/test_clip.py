@@ -23,8 +23,8 @@ PATCHES = (H // 2) * (W // 2)
 
 
 @functools.cache
-def dit(remat: str = "none") -> CausalDiT:
-    cfg = dataclasses.replace(CFG, remat=remat)
+def dit(remat: str = "none", predicts: str = "velocity") -> CausalDiT:
+    cfg = dataclasses.replace(CFG, remat=remat, predicts=predicts)
     return random(lambda: CausalDiT(cfg, rngs=nnx.Rngs(0)))
 
 
@@ -100,14 +100,16 @@ def clip(model, x, past, sigma, window=None, forced=True, position=None, distanc
     )  # fmt: skip
 
 
-def test_teacher_forcing_is_a_stream_with_a_clean_history():
+@pytest.mark.parametrize("predicts", ["velocity", "clean"])
+def test_teacher_forcing_is_a_stream_with_a_clean_history(predicts):
     """Each noisy block against a ring of the clean ones before it, rolled far into the video."""
+    model = dit(predicts=predicts)
     blocks, ring_blocks, far, ahead = 3, 2, 100, 7
     frames = blocks * BLOCK
     x, past = normal(9, 1, frames, H, W, 16), normal(10, 1, frames, H, W, 16)
     sigma = jnp.repeat(jnp.asarray([[0.9, 0.3, 0.6]]), BLOCK, axis=1)
     position, distance = jnp.full(1, far), jnp.full((1, blocks), ahead)
-    want = clip(dit(), x, past, sigma, ring_blocks, position=position, distance=distance)
+    want = clip(model, x, past, sigma, ring_blocks, position=position, distance=distance)
 
     @jax.jit
     def stream(model):
@@ -132,7 +134,20 @@ def test_teacher_forcing_is_a_stream_with_a_clean_history():
             cache = cache.append(clean, 0, block, jnp.ones(1, bool))
         return jnp.concatenate(out, axis=1)
 
-    np.testing.assert_allclose(want, stream(dit()), atol=3e-5)
+    np.testing.assert_allclose(want, stream(model), atol=3e-5 * max(1.0, np.abs(want).max()))
+
+
+def test_a_velocity_is_made_of_a_clean_prediction():
+    """Over the noise level, but never over less than 0.05."""
+    x = normal(9, 1, 4, H, W, 16)
+    for sigma in (0.02, 0.6):
+        said = both_ways(dit(), x, jnp.full(1, sigma))
+        made = both_ways(dit(predicts="clean"), x, jnp.full(1, sigma))
+        np.testing.assert_allclose(made, (x - said) / max(sigma, 0.05), rtol=1e-4, atol=1e-3)
+    levels = jnp.repeat(jnp.asarray([[0.9, 0.02]]), BLOCK, axis=1)
+    said, made = (clip(dit(predicts=p), x, x, levels, None, False) for p in ("velocity", "clean"))
+    want = (x - said) / jnp.maximum(levels, 0.05)[..., None, None, None]
+    np.testing.assert_allclose(made, want, rtol=1e-4, atol=1e-3)
 
 
 def test_a_window_hides_what_a_ring_has_forgotten():

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from liveavatar_jax.models.attention import KV, ONE_DEVICE, Layout
 from liveavatar_jax.models.audio import PAST, AudioTokens
 from liveavatar_jax.models.condition import REFERENCE_POSITION, condition_phase
-from liveavatar_jax.models.dit import CausalDiT
+from liveavatar_jax.models.dit import CausalDiT, Level
 from liveavatar_jax.models.layers import Phase, rotate
 from liveavatar_jax.types import Array, Float, Int, struct
 
@@ -95,7 +95,7 @@ def causal(
         x, sigma = jnp.concatenate([past, x], 1), jnp.concatenate([jnp.zeros_like(sigma), sigma], 1)
         turn = _join(turn, turn)
         given = _twice(given)
-    level = layout.by_row(dit.level(sigma))
+    level, noisy = layout.by_row(dit.level(sigma)), x[:, -f:]
     x = dit.embed(x, given.pose)
     p = x.shape[2]
     size, half = block_frames * p, f * p  # tokens
@@ -115,8 +115,9 @@ def causal(
 
     heard = (given.audio, given.speakers)
     x, _ = dit.trunk(x, level.blocks, given.text, attend, sink, *heard, layout)
-    x, head = x[:, -f:], level.head[:, -f:]
-    return dit.unpatchify(layout.join(dit.head(x, head), p), h, w)
+    x, level = x[:, -f:], jax.tree.map(lambda a: a[:, -f:], level)
+    y = dit.unpatchify(layout.join(dit.head(x, level.head), p), h, w)
+    return dit.velocity(y, noisy, level.sigma)
 
 
 def bidirectional(
@@ -128,9 +129,9 @@ def bidirectional(
 ) -> Float[Array, "b f h w c"]:
     """Velocity of a clip as the base model gives it: all tokens see all, the condition's too."""
     _, _, h, w, _ = x.shape
-    y, head = hidden(dit, x, sigma, given, layout)
-    y = dit.head(y, head)
-    return dit.unpatchify(layout.join(y, (h // 2) * (w // 2)), h, w)
+    y, level = hidden(dit, x, sigma, given, layout)
+    y = layout.join(dit.head(y, level.head), (h // 2) * (w // 2))
+    return dit.velocity(dit.unpatchify(y, h, w), x, level.sigma)
 
 
 def hidden(
@@ -139,9 +140,8 @@ def hidden(
     sigma: Float[Array, " b"],
     given: Condition,
     layout: Layout = ONE_DEVICE,
-) -> tuple[Float[Array, "b f pp dim"], Float[Array, "b f dim"]]:
-    """Tokens after the last layer of `bidirectional`, as `layout` parts them, and what the head
-    needs of the level."""
+) -> tuple[Float[Array, "b f pp dim"], Level]:
+    """Tokens after the last layer of `bidirectional`, as `layout` parts them, and the level."""
     _, f, h, w, _ = x.shape
     conditions, condition_turn = dit.conditions(given.reference, given.motion)
     level = layout.by_row(dit.level(jnp.repeat(sigma[:, None], f, axis=1)))
@@ -164,7 +164,7 @@ def hidden(
 
     heard = (given.audio, given.speakers)
     x, _ = dit.trunk(x, blocks, given.text, attend, None, *heard, layout)
-    return x[:, :f], level.head
+    return x[:, :f], level
 
 
 def _twice(given: Condition) -> Condition:

@@ -43,6 +43,7 @@ from liveavatar_jax.models.layers import (
 from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct
 
 PATCH = (1, 2, 2)
+LEAST = 0.05  # noise level that a clean prediction is divided by, at least (arXiv 2511.13720)
 NOISE, REFERENCE, MOTION = range(3)  # rows of the type embedding
 
 # (memory of the layer, q, k, v: "b n t d") -> (y, what to keep)
@@ -55,6 +56,7 @@ class Level:
 
     head: Float[Array, "b f dim"]
     blocks: Float[Array, "b f 6 dim"]
+    sigma: Float[Array, "b f"] | None  # where a velocity is made of it
 
 
 class Block(nnx.Module):
@@ -163,7 +165,9 @@ class CausalDiT(nnx.Module):
         t = timestep_sinusoid(1000.0 * sigma.astype(jnp.float32), self.cfg.freq_dim)
         e = self.time_out(jax.nn.silu(self.time_in(t)))
         blocks = self.time_proj(jax.nn.silu(e))
-        return Level(head=e, blocks=rearrange(blocks, "b f (m dim) -> b f m dim", m=6))
+        blocks = rearrange(blocks, "b f (m dim) -> b f m dim", m=6)
+        kept = sigma.astype(jnp.float32) if self.cfg.predicts == "clean" else None
+        return Level(head=e, blocks=blocks, sigma=kept)
 
     # ---- the two uses
 
@@ -212,7 +216,7 @@ class CausalDiT(nnx.Module):
         roll = jnp.maximum(0, position - (REFERENCE_POSITION - distance))
         sink_turn = condition_phase(h, w, roll=roll, head_dim=self.cfg.head_dim)
         sink_turn = jax.tree.map(lambda a: a[:, : cache.sink.tokens], sink_turn)
-        level = layout.by_row(level)
+        level, noisy = layout.by_row(level), x
         x = self.embed(x, pose)
         p = x.shape[2]
         tokens = f * p
@@ -233,7 +237,7 @@ class CausalDiT(nnx.Module):
         memory = (jnp.arange(self.cfg.layers), cache.sink)
         x, fresh = self.trunk(x, level.blocks, text, attend, memory, audio, speakers, layout)
         y = layout.join(self.head(x, level.head), p)
-        return self.unpatchify(y, h, w), fresh
+        return self.velocity(self.unpatchify(y, h, w), noisy, level.sigma), fresh
 
     # ---- what they share
 
@@ -318,6 +322,19 @@ class CausalDiT(nnx.Module):
         else:
             tokens = tokens + by_frame(self.pose(patchify(pose, PATCH)), pose.shape[1])
         return tokens + along_last(self.type_embedding[...][NOISE], tokens)
+
+    def velocity(
+        self,
+        y: Float[Array, "b f h w c"],
+        x: Float[Array, "b f h w c"],
+        sigma: Float[Array, "b f"] | None,
+    ) -> Float[Array, "b f h w c"]:
+        """Of what the head says. A small network does better by the clean latents: these it can
+        say, while the noise has more dimensions than it has width (arXiv 2511.13720)."""
+        if sigma is None:
+            return y
+        apart = x.astype(jnp.float32) - y.astype(jnp.float32)
+        return (apart / jnp.maximum(sigma, LEAST)[..., None, None, None]).astype(y.dtype)
 
     def unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
         return rearrange(

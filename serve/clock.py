@@ -1,0 +1,297 @@
+"""One time base: sound and picture of a session on one count of 16 kHz samples, per epoch.
+
+Frame n of an epoch and its samples [640 n, 640 (n + 1)) belong together from the engine to the
+viewer. A `Timeline` decides what the engine hears next, and pairs what it makes with what it
+heard; it is plain bookkeeping, knows no clock, and so can be driven through a day in seconds.
+`publish` is the one clock: it takes a pair each 40 ms, and never faster.
+
+What the engine is told, ahead of what is shown:
+    speech that is there      as soon as it fills a block, but no more than `lookahead` blocks ahead
+    silence while nobody      just in time, `margin` before the picture runs out: so a new turn
+    speaks                    waits for no queued silence
+    speech that comes late    at the last moment what is there, and silence after it: the gap makes
+                              the next deadline later, so jitter is met by as much delay as it needs
+"""
+
+import asyncio
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve.wire import FPS, PER_FRAME, RATE, Block
+
+QUIET = 60  # of int16, RMS: what a live microphone may say without being somebody who speaks
+PIECE = RATE // 50  # of live sound that is dropped at once when it lags and is quiet
+LAG = RATE // 2  # of live sound that waits beyond a block, before quiet pieces are dropped
+LATE = 0.2  # seconds that the clock catches up with; more are a stall
+
+
+class Overflow(Exception):
+    """More speech than may wait."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What goes out together: a frame [H, W, 3] and its 640 samples, int16. first: its sample in
+    the epoch; events: what begins or ends with it, as (name, fields)."""
+
+    epoch: int
+    first: int
+    frame: np.ndarray
+    samples: np.ndarray
+    events: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+@dataclasses.dataclass
+class Span:
+    """Samples of an epoch in which somebody speaks; `end` grows until it is over."""
+
+    first: int
+    end: int
+    over: bool = False
+    begun: bool = False
+
+
+class Timeline:
+    """All counts are samples of the current epoch.
+
+    live: a microphone, which goes on whether somebody speaks or not: quiet pieces are dropped when
+    it lags. freeze: the last frame stands while nobody speaks, and nothing is generated.
+    """
+
+    def __init__(
+        self,
+        block: int,
+        ahead: int,
+        *,
+        lookahead: int = 2,
+        margin: float = 0.2,
+        limit: float = 120.0,
+        live: bool = False,
+        freeze: bool = False,
+    ):
+        self.block, self.ahead, self.lookahead = block * PER_FRAME, ahead, lookahead
+        self.margin, self.limit = margin, int(limit * RATE)
+        self.live, self.freeze = live, freeze
+        self.epoch = 0
+        self.gaps = self.dropped = self.stale = 0  # samples of silence within speech; of quiet that
+        # was dropped; frames of older epochs
+        self.total = 0  # samples shown, of all epochs
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sent = self.made = self.played = 0
+        self._waiting: collections.deque[np.ndarray] = collections.deque()
+        self.waiting = 0
+        self._end_in: int | None = None  # samples that wait, up to the end of what is being said
+        self._heard: collections.deque[np.ndarray] = collections.deque()  # from `played` to `sent`
+        self._frames: collections.deque[np.ndarray] = collections.deque()
+        self._spans: collections.deque[Span] = collections.deque()
+        self._speaking: Span | None = None
+
+    # ---- in
+
+    def push(self, samples: np.ndarray) -> None:
+        """Speech, int16. Raises Overflow when more than `limit` seconds would wait."""
+        if self.waiting + len(samples) > self.limit:
+            raise Overflow(
+                f"{(self.waiting + len(samples)) / RATE:.0f} s of sound would wait; send no more "
+                f"than {self.limit / RATE:.0f} s ahead of what is played"
+            )
+        if self.live and self.waiting > self._needed + LAG:
+            pieces = [samples[at : at + PIECE] for at in range(0, len(samples), PIECE)]
+            loud = [piece for piece in pieces if _loudness(piece) > QUIET]
+            kept = np.concatenate(loud) if loud else samples[:0]
+            self.dropped += len(samples) - len(kept)
+            samples = kept
+        if len(samples):
+            self._waiting.append(samples)
+            self.waiting += len(samples)
+
+    def end(self) -> None:
+        """What waits is all of this speech; it need not wait for more."""
+        self._end_in = self.waiting
+
+    def clear(self) -> float:
+        """A new epoch: everything that is not shown is forgotten. Returns the seconds of the
+        speech under way that were shown."""
+        span = next((span for span in self._spans if span.begun), None)
+        shown = 0 if span is None else min(self.played, span.end) - span.first
+        self.stale += len(self._frames)
+        self.epoch += 1
+        self._begin()
+        return shown / RATE
+
+    def arrive(self, block: Block) -> None:
+        """Frames of the engine; those of an older epoch are dropped."""
+        if block.epoch != self.epoch:
+            self.stale += len(block.frames)
+            return
+        if block.first != self.made:
+            raise ValueError(f"a block at sample {block.first}, but {self.made} comes next")
+        self._frames.extend(block.frames)
+        self.made += len(block.frames) * PER_FRAME
+
+    # ---- to the engine
+
+    @property
+    def asked(self) -> int:
+        """Samples that the engine has all it needs for."""
+        return max(0, self.sent - self.ahead) // self.block * self.block
+
+    @property
+    def _needed(self) -> int:
+        """Samples that are wanting for one more block."""
+        return self.asked + self.block + self.ahead - self.sent
+
+    @property
+    def speaking(self) -> bool:
+        return self._speaking is not None or bool(self._spans) or self.waiting > 0
+
+    def due(self) -> np.ndarray | None:
+        """What the engine is to hear now, if anything: enough for one more block."""
+        buffered, needed = self.asked - self.played, self._needed
+        if buffered > self.lookahead * self.block:
+            return None
+        if self.waiting >= needed or (self._end_in is not None and self.waiting):
+            return self._commit(needed)
+        if buffered > self.margin * RATE:
+            return None
+        if self.waiting and self._speaking is not None:
+            return self._commit(needed)  # a gap
+        if self.freeze and not self._spans:
+            return None
+        return self._silence(needed)
+
+    def _commit(self, needed: int) -> np.ndarray:
+        """Speech, filled up with silence."""
+        count = min(needed, self.waiting)
+        speech = self._take(count)
+        over = False
+        if self._end_in is not None:
+            self._end_in -= count
+            over = self._end_in <= 0
+            self._end_in = None if over else self._end_in
+        if not over and count < needed:
+            self.gaps += needed - count
+        loud = not self.live or _loudness(speech) > QUIET
+        if loud and self._speaking is None:
+            self._speaking = Span(self.sent, self.sent)
+            self._spans.append(self._speaking)
+        if self._speaking is not None and loud:
+            self._speaking.end = self.sent + count
+        if self._speaking is not None and (over or not loud):
+            self._finish()
+        samples = np.zeros(needed, np.int16)
+        samples[:count] = speech
+        return self._say(samples)
+
+    def _silence(self, needed: int) -> np.ndarray:
+        if self._speaking is not None:
+            self._finish()
+        return self._say(np.zeros(needed, np.int16))
+
+    def _finish(self) -> None:
+        assert self._speaking is not None
+        self._speaking.over, self._speaking = True, None
+
+    def _say(self, samples: np.ndarray) -> np.ndarray:
+        self._heard.append(samples)
+        self.sent += len(samples)
+        return samples
+
+    # ---- out
+
+    def next(self) -> Shown | None:
+        """The next frame and its samples; None while it is not made yet."""
+        if not self._frames:
+            return None
+        first, frame = self.played, self._frames.popleft()
+        samples = _taken(self._heard, PER_FRAME)
+        self.played += PER_FRAME
+        self.total += PER_FRAME
+        events = []
+        for span in list(self._spans):
+            if not span.begun and span.first < self.played:
+                span.begun = True
+                events.append(("speech.started", {"at_sample": span.first}))
+            if span.over and span.end <= self.played:
+                self._spans.popleft()
+                seconds = (span.end - span.first) / RATE
+                events.append(("speech.ended", {"played_ms": round(1000 * seconds),
+                                                "interrupted": False}))  # fmt: skip
+        return Shown(self.epoch, first, frame, samples, tuple(events))
+
+    def _take(self, count: int) -> np.ndarray:
+        self.waiting -= count
+        return _taken(self._waiting, count)
+
+    @property
+    def buffered(self) -> float:
+        """Seconds of picture that are made and not shown."""
+        return len(self._frames) / FPS
+
+    @property
+    def starving(self) -> bool:
+        """Whether the picture has run out while there should be one; a beginning is no stall."""
+        return not self._frames and self.asked > self.played > 0
+
+
+def _taken(pieces: collections.deque[np.ndarray], count: int) -> np.ndarray:
+    """The first `count` samples of a queue of pieces."""
+    parts = []
+    while count:
+        piece = pieces.popleft()
+        if len(piece) > count:
+            pieces.appendleft(piece[count:])
+            piece = piece[:count]
+        parts.append(piece)
+        count -= len(piece)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int16)])
+
+
+def _loudness(samples: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(samples.astype(np.float32) ** 2))) if len(samples) else 0.0
+
+
+# ---- the clock
+
+
+class Clock(Protocol):
+    def now(self) -> float: ...
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class RealClock:
+    now = staticmethod(time.monotonic)
+    sleep = staticmethod(asyncio.sleep)
+
+
+async def publish(
+    timeline: Timeline,
+    ask: Callable[[np.ndarray], None],
+    show: Callable[[Shown], None],
+    clock: Clock,
+    stalled: Callable[[float], None] = lambda seconds: None,
+) -> None:
+    """Shows a pair each 40 ms for ever, and asks for what the pairs after it need. A frame that
+    comes late is waited for, its sound with it; all that follows is that much later."""
+    beat, due = 1 / FPS, clock.now()
+    while True:
+        while (samples := timeline.due()) is not None:
+            ask(samples)
+        starving, shown = timeline.starving, timeline.next()
+        if shown is not None:
+            show(shown)
+        elif starving:
+            stalled(beat)
+        due += beat
+        late = clock.now() - due
+        if late > LATE:
+            stalled(late)
+            due += late
+        await clock.sleep(max(0.0, due - clock.now()))

@@ -1,0 +1,425 @@
+"""The front: HTTP, WebSockets and the page. It holds no model and never imports JAX."""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Header, Query, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from liveavatar_jax.types import LiveAvatarError
+from serve import rtc
+from serve.auth import Auth, Bucket, Denied, Grant, bearer
+from serve.link import Link, engine
+from serve.metrics import Metrics
+from serve.pictures import portrait
+from serve.sessions import Problem, Session, Sessions, lasting
+from serve.settings import Settings
+from serve.socket import MEDIA, PROMPT, RATES, Socket
+from serve.wire import FPS, PER_FRAME, RATE
+
+log = logging.getLogger("serve.front")
+
+PAGE = Path(__file__).parent / "page"
+PORTRAITS = PAGE / "portraits"
+DEFAULT_PROMPT = "A person looks into the camera and speaks naturally, with lively expression."
+TYPE = "https://liveavatar-jax.invalid/problems/"  # names, not addresses
+AUTHENTICATING = 10.0  # seconds that a socket may stay without a token
+PROTOCOL = "avatar.v1"
+
+
+class Consent(BaseModel):
+    """Who agreed that this face be used, when, and what proves it."""
+
+    model_config = ConfigDict(extra="forbid")
+    who: str = Field(min_length=1, max_length=200)
+    when: str = Field(min_length=4, max_length=64)
+    proof: str = Field(min_length=1, max_length=2000)
+
+
+class Face(BaseModel):
+    """A portrait: one of `GET /v1/presets`, or a picture of one's own in base64."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str | None = Field(None, max_length=64)
+    image: str | None = None
+    consent: Consent | None = None
+
+
+class Create(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    avatar: Face = Field(default_factory=Face)
+    prompt: str = Field(DEFAULT_PROMPT, min_length=1, max_length=PROMPT)
+    seed: int = Field(0, ge=0, lt=2**31)
+    live: bool = False  # sound of a microphone, which never stops
+    idle: Literal["generate", "freeze"] = "generate"
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+
+
+class Front:
+    """What the routes share."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.metrics = settings, Metrics()
+        self.auth = Auth(settings.keys, settings.secret or None)
+        command = engine(settings.command())
+        workers = [functools.partial(Link, command) for _ in range(settings.workers)]
+        self.sessions = Sessions(workers, settings.limits, self.metrics)
+        self.rtc = rtc.Calls(settings)
+        self.creating = Bucket(settings.rate, max(5.0, 5 * settings.rate))
+        self.beat = time.monotonic()
+
+    async def run(self) -> None:
+        await asyncio.gather(self.sessions.run(), self._beat())
+
+    async def _beat(self) -> None:
+        """So that a hung event loop shows."""
+        while True:
+            self.beat = time.monotonic()
+            await asyncio.sleep(0.5)
+
+    async def create(self, wanted: Create) -> dict[str, Any]:
+        """A session: what its caller is told. Raises Problem."""
+        face = self._face(wanted.avatar)
+        session = await self.sessions.create(
+            functools.partial(portrait, face), wanted.prompt, seed=wanted.seed, live=wanted.live,
+            freeze=wanted.idle == "freeze",
+        )  # fmt: skip
+        if wanted.avatar.consent is not None:
+            record = wanted.avatar.consent.model_dump() | {
+                "face": hashlib.sha256(face).hexdigest(), "session": session.id,
+            }  # fmt: skip
+            log.info("consent", extra={"about": record})
+        return self.told(session) | self._tokens(session)
+
+    def told(self, session: Session) -> dict[str, Any]:
+        ready, limits = session.ready, session.limits
+        frame_ms = 1000 / FPS
+        return {
+            "id": session.id,
+            "state": session.state,
+            "model": ready.model,
+            "fps": FPS,
+            "size": [ready.width, ready.height],
+            "sample_rate": RATE,
+            "block_ms": round(ready.frames * frame_ms),
+            "ahead_ms": round(1000 * ready.ahead / RATE),
+            "lookahead_blocks": limits.lookahead,
+            "limits": {"max_s": limits.longest, "idle_s": limits.idle, "grace_s": limits.grace},
+            "marks": {"badge": self.settings.badge},
+            "urls": {
+                "session": f"/v1/sessions/{session.id}",
+                "events": f"/v1/sessions/{session.id}/events",
+                "rtc": f"/v1/sessions/{session.id}/rtc",
+            },
+            "ice_servers": self.rtc.servers(),
+        }
+
+    def _tokens(self, session: Session) -> dict[str, Any]:
+        seconds = lasting(session.limits)
+        return {
+            "client_token": self.auth.token(session.id, seconds),
+            "viewer_token": self.auth.token(session.id, seconds, "viewer"),
+            "expires_at": round(time.time() + session.limits.longest),
+        }
+
+    def _face(self, face: Face) -> bytes:
+        """The file of a portrait. Raises Problem."""
+        if face.image is None:
+            known = portraits()
+            name = face.id or next(iter(known))
+            if name not in known:
+                raise Problem(404, "no-such-portrait",
+                              f"there is no portrait {name[:64]!r}; see /v1/presets")  # fmt: skip
+            return known[name].read_bytes()
+        if not self.settings.takes_uploads:
+            raise Problem(403, "no-uploads", "this server takes no portraits of its callers")
+        if self.settings.consent and face.consent is None:
+            raise Problem(403, "no-consent", "say in avatar.consent who agreed to this portrait")
+        try:
+            return base64.b64decode(face.image.partition("base64,")[2] or face.image, validate=True)
+        except (binascii.Error, ValueError):
+            raise Problem(400, "bad-input", "avatar.image is a picture file in base64") from None
+
+
+def portraits() -> dict[str, Path]:
+    """Those that the page offers, by name."""
+    return {path.stem: path for path in sorted(PORTRAITS.glob("*.png"))}
+
+
+def make(settings: Settings) -> FastAPI:
+    """The application. Its engines start and end with it."""
+    front = Front(settings)
+
+    @contextlib.asynccontextmanager
+    async def living(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(front.run())
+        yield
+        await front.sessions.drain(0.0)
+        await front.rtc.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    app = FastAPI(title="liveavatar-jax serve", version="1", lifespan=living, redoc_url=None)
+    app.state.front = front
+    app.add_middleware(_Limited, most=settings.max_body)
+    if settings.origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"],
+            allow_headers=["authorization", "content-type"], expose_headers=["location"],
+        )  # fmt: skip
+    _answers(app)
+    _operations(app, front)
+    _sessions(app, front)
+    _page(app, front)
+    return app
+
+
+# ---- errors
+
+
+def _problem(status: int, kind: str, detail: str, after: float | None = None) -> JSONResponse:
+    said = {"type": TYPE + kind, "title": kind.replace("-", " "), "status": status,
+            "detail": detail, "retryable": after is not None}  # fmt: skip
+    headers = {} if after is None else {"retry-after": str(max(1, round(after)))}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(said, status, headers, media_type="application/problem+json")
+
+
+def _answers(app: FastAPI) -> None:
+    @app.exception_handler(Problem)
+    def problem(request: Request, error: Problem) -> Response:
+        return _problem(error.status, error.kind, error.detail, error.after)
+
+    @app.exception_handler(Denied)
+    def denied(request: Request, error: Denied) -> Response:
+        return _problem(401, "denied", str(error))
+
+    @app.exception_handler(LiveAvatarError)
+    def bad(request: Request, error: LiveAvatarError) -> Response:
+        return _problem(400, "bad-input", str(error))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+        return _problem(422, "bad-input", f"{where}: {first['msg'].lower()}"[:300])
+
+    @app.exception_handler(HTTPException)
+    def other(request: Request, error: HTTPException) -> Response:
+        return _problem(error.status_code, "http", str(error.detail))
+
+    @app.exception_handler(Exception)
+    def broken(request: Request, error: Exception) -> Response:
+        return _problem(500, "broken", "something went wrong here; it is in the server's log")
+
+
+class _Limited:
+    """Refuses bodies of more than so many bytes, also those that do not say so."""
+
+    def __init__(self, app: Any, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        detail = f"a request has at most {self.most} bytes"
+        claimed = dict(scope["headers"]).get(b"content-length", b"0")
+        if not claimed.isdigit() or int(claimed) > self.most:
+            await _problem(413, "too-large", detail)(scope, receive, send)
+            return
+        seen, begun = 0, False
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                raise Problem(413, "too-large", detail)
+            return message
+
+        async def watched(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted, watched)
+        except Problem as error:
+            if begun:
+                raise
+            await _problem(error.status, error.kind, error.detail)(scope, receive, send)
+
+
+# ---- routes
+
+
+def _operations(app: FastAPI, front: Front) -> None:
+    settings, sessions = front.settings, front.sessions
+
+    def operator(authorization: Annotated[str | None, Header()] = None) -> Grant:
+        return front.auth.backend(authorization)
+
+    @app.get("/livez")
+    def livez() -> Response:
+        late = time.monotonic() - front.beat
+        return JSONResponse({"ok": late < 5, "late_s": round(late, 1)}, 200 if late < 5 else 503)
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        """Ready is warm; on the way there, how far it is."""
+        health = [worker.link.health for worker in sessions.workers]
+        ready = sessions.ready is not None and not sessions.draining
+        said = {"ready": ready, "draining": sessions.draining, "free": sessions.free, "engines": [
+            {"state": x.state, "stage": x.stage, "done": x.done, "restarts": x.restarts}
+            for x in health
+        ]}  # fmt: skip
+        return JSONResponse(said, 200 if ready else 503)
+
+    @app.get("/metrics")
+    def metrics(_: Annotated[Grant, Depends(operator)]) -> Response:
+        return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/status")
+    def status(_: Annotated[Grant, Depends(operator)]) -> dict[str, Any]:
+        return {"sessions": {name: session.stats() for name, session in sessions.all.items()},
+                "free": sessions.free, "draining": sessions.draining}  # fmt: skip
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        ready = sessions.ready
+        data = [] if ready is None else [{
+            "id": ready.model, "object": "model", "size": [ready.width, ready.height],
+            "block_ms": round(1000 * ready.frames / FPS), "slots": ready.slots * settings.workers,
+        }]  # fmt: skip
+        return {"object": "list", "data": data}
+
+    @app.get("/v1/presets")
+    def presets() -> dict[str, Any]:
+        data = [{"id": name, "image": f"/v1/presets/{name}.png"} for name in portraits()]
+        return {"object": "list", "data": data, "uploads": settings.takes_uploads,
+                "consent": settings.consent, "key": bool(settings.keys)}  # fmt: skip
+
+    @app.get("/v1/presets/{name}.png")
+    def preset(name: str) -> Response:
+        if name not in portraits():
+            raise Problem(404, "no-such-portrait", f"there is no portrait {name[:64]!r}")
+        return FileResponse(portraits()[name], media_type="image/png")
+
+
+def _sessions(app: FastAPI, front: Front) -> None:
+    sessions, auth = front.sessions, front.auth
+
+    def caller(request: Request, session: str) -> Grant:
+        if not auth.keys and request.headers.get("authorization") is None:
+            return Grant()
+        grant = auth.caller(bearer(request.headers.get("authorization")))
+        grant.check(session, speak=False)
+        return grant
+
+    Caller = Annotated[Grant, Depends(caller)]
+
+    @app.post("/v1/sessions", status_code=201)
+    async def create(wanted: Create, request: Request, response: Response) -> dict[str, Any]:
+        auth.backend(request.headers.get("authorization"))
+        address = request.client.host if request.client else ""
+        if (wait := front.creating.take(address, time.monotonic())) > 0:
+            raise Problem(429, "too-many-requests", "fewer sessions a second, please", wait)
+        said = await front.create(wanted)
+        response.headers["location"] = said["urls"]["session"]
+        return said
+
+    @app.get("/v1/sessions/{session}")
+    def show(session: str, _: Caller) -> dict[str, Any]:
+        found = sessions.get(session)
+        return front.told(found) | {"stats": found.stats()}
+
+    @app.delete("/v1/sessions/{session}")
+    def delete(session: str, grant: Caller) -> dict[str, Any]:
+        """Also of one that has ended: the answer is the same."""
+        grant.check(session)
+        found = sessions.all.get(session)
+        if found is None:
+            return {"id": session, "state": "closed"}
+        stats = found.stats()
+        sessions.close(found, "done")
+        return {"id": session, "state": "closed", "stats": stats}
+
+    @app.websocket("/v1/sessions/{session}/events")
+    async def events(
+        ws: WebSocket, session: str, media: Annotated[str, Query()] = "none",
+        rate: Annotated[int, Query()] = RATE,
+    ) -> None:  # fmt: skip
+        offered = [name.strip() for name in ws.headers.get("sec-websocket-protocol", "").split(",")]
+        await ws.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
+        try:
+            grant = await _admitted(ws, auth, offered)
+            grant.check(session, speak=False)
+            if media not in MEDIA or rate not in RATES:
+                raise Problem(400, "bad-input", f"media is one of {', '.join(MEDIA)}, rate one of "
+                              f"{', '.join(map(str, RATES))}")  # fmt: skip
+            found = sessions.get(session)
+            socket = Socket(ws, found, media, rate, grant.role != "viewer")
+            socket.tell({"type": "session.ready", **front.told(found), "epoch":
+                         found.timeline.epoch})  # fmt: skip
+            await socket.run()
+        except Denied as error:
+            await _cut(ws, 1008, "denied", str(error))
+        except Problem as error:
+            code = 1013 if error.after is not None else 1008
+            await _cut(ws, code, error.kind, error.detail)
+
+    rtc.routes(app, front.rtc, sessions, caller)
+
+
+async def _admitted(ws: WebSocket, auth: Auth, offered: list[str]) -> Grant:
+    """By header, by subprotocol (token.JWT) or by a first message {type: auth, token}; never by
+    address, which logs keep. Raises Denied."""
+    token = bearer(ws.headers.get("authorization"))
+    token = token or next((x[6:] for x in offered if x.startswith("token.")), None)
+    if token is None:
+        try:
+            said = await asyncio.wait_for(ws.receive_text(), AUTHENTICATING)
+            token = json.loads(said)["token"]
+        except Exception:
+            raise Denied("the first message is {type: auth, token: ...}") from None
+    return auth.caller(token if isinstance(token, str) else None)
+
+
+async def _cut(ws: WebSocket, code: int, kind: str, detail: str) -> None:
+    with contextlib.suppress(RuntimeError):
+        await ws.send_json({"type": "error", "error": kind, "detail": detail,
+                            "retryable": code == 1013})  # fmt: skip
+        await ws.close(code, kind)
+
+
+def _page(app: FastAPI, front: Front) -> None:
+    @app.get("/", include_in_schema=False)
+    def index() -> HTMLResponse:
+        return HTMLResponse((PAGE / "index.html").read_text(), headers={
+            "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
+            "media-src 'self' blob: mediastream:; style-src 'self' 'unsafe-inline'; "
+            "script-src 'self' 'unsafe-inline'; connect-src 'self' ws: wss:",
+            "permissions-policy": "microphone=(self)",
+            "referrer-policy": "no-referrer",
+        })  # fmt: skip
+
+
+assert RATE == PER_FRAME * FPS

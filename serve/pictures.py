@@ -1,0 +1,94 @@
+"""Pictures in and out of the front: portraits that callers send, frames as JPEG or MP4."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image
+
+from liveavatar_jax.data.image import fit_portrait
+from liveavatar_jax.types import LiveAvatarError
+from serve.wire import FPS, RATE, Ready
+
+MOST = 12_000_000  # bytes of a portrait's file
+PIXELS = 40_000_000  # of a portrait; looked at before anything is decoded
+FORMATS = ("JPEG", "PNG", "WEBP")
+FRAGMENT = 240_000  # microseconds of a piece of MP4
+
+
+def portrait(data: bytes, ready: Ready) -> np.ndarray:
+    """A portrait of unknown origin in the model's size, uint8 [H, W, 3]. The size it claims is
+    refused before it is decoded, and what decodes to something else fails.
+
+    Raises LiveAvatarError for what is no picture, or too large.
+    """
+    if len(data) > MOST:
+        raise LiveAvatarError(f"the portrait has {len(data)} bytes; at most {MOST} are taken")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > PIXELS:
+                raise LiveAvatarError(
+                    f"the portrait has {width} x {height} pixels; at most {PIXELS} are taken"
+                )
+            if min(width, height) < 16 or max(width, height) > 8 * min(width, height):
+                raise LiveAvatarError(
+                    f"the portrait has {width} x {height} pixels; crop it around the face"
+                )
+            image.draft("RGB", (2 * ready.width, 2 * ready.height))
+            picture = np.asarray(image.convert("RGB"))
+    except LiveAvatarError:
+        raise
+    except Exception:  # Pillow's plugins raise anything on damaged files
+        raise LiveAvatarError("the portrait is no JPEG, PNG or WebP, or is damaged") from None
+    return fit_portrait(picture, (ready.height, ready.width), above=0.25)
+
+
+def jpeg(frame: np.ndarray, quality: int = 88) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, "JPEG", quality=quality, subsampling=0)
+    return out.getvalue()
+
+
+class Movie:
+    """Frames and their sound as a fragmented MP4 (H.264, AAC), piece by piece."""
+
+    def __init__(self, height: int, width: int):
+        self._out = _Bytes()
+        options = {"movflags": "empty_moov+default_base_moof", "frag_duration": str(FRAGMENT)}
+        self._file = av.open(self._out, "w", format="mp4", options=options)
+        video = self._file.add_stream("libx264", rate=FPS)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.options = {"preset": "ultrafast", "tune": "zerolatency", "g": str(4 * FPS)}
+        audio = self._file.add_stream("aac", rate=RATE)
+        audio.layout = "mono"
+        video.time_base, audio.time_base = Fraction(1, FPS), Fraction(1, RATE)
+        self._video, self._audio, self._frames = video, audio, 0
+
+    def add(self, frame: np.ndarray, samples: np.ndarray) -> bytes:
+        """What there is to send after this frame; often nothing."""
+        picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+        picture.pts = self._frames
+        sound = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
+        sound.sample_rate, sound.pts = RATE, self._frames * len(samples)
+        sound.time_base = Fraction(1, RATE)
+        for stream, part in ((self._video, picture), (self._audio, sound)):
+            self._file.mux(stream.encode(part))
+        self._frames += 1
+        return self._out.take()
+
+
+class _Bytes:
+    """A file that is read by taking what was written."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def write(self, data: bytes) -> int:
+        self._held += data
+        return len(data)
+
+    def take(self) -> bytes:
+        taken, self._held = bytes(self._held), bytearray()
+        return taken

@@ -1,0 +1,321 @@
+"""A session over WebRTC: a browser's microphone in, the avatar out. Signalling has the shape of
+WHIP (RFC 9725): the offer is posted, the answer comes back, the call has an address of its own.
+
+Sound that comes in is placed by its time stamps, and what the network lost is silence: the
+receiver throws packets away in bursts, and counting them would put lips off by seconds. What goes
+out has stamps from the one count of samples, so picture and sound cannot drift apart.
+"""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any
+
+import av
+import numpy as np
+from aiortc import (
+    MediaStreamError,
+    MediaStreamTrack,
+    RTCConfiguration,
+    RTCIceServer,
+    RTCPeerConnection,
+    RTCSessionDescription,
+)
+from aiortc.sdp import candidate_from_sdp
+from fastapi import Depends, FastAPI, Request, Response
+from PIL import Image
+
+from serve.auth import Grant
+from serve.clock import Shown
+from serve.sessions import Problem, Session, Sessions
+from serve.wire import FPS, PER_FRAME, RATE
+
+if TYPE_CHECKING:
+    from serve.settings import Settings
+
+log = logging.getLogger("serve.rtc")
+
+SDP = "application/sdp"
+VISIBLE = 256  # rows of the video of a model that makes fewer: colours have half of them
+WAITS = 8  # pairs that may wait for the encoder
+HOLE = 2.0  # seconds of lost sound that are filled with silence, at most
+
+
+class Out(MediaStreamTrack):
+    """Pictures or sound of a call."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        super().__init__()
+        self._waiting: collections.deque[tuple[Shown, int]] = collections.deque()
+        self._more = asyncio.Event()
+        self.dropped = 0
+
+    def put(self, shown: Shown, at: int) -> None:
+        """`at`: samples since the call began."""
+        if len(self._waiting) >= WAITS:
+            self._waiting.popleft()
+            self.dropped += 1
+        self._waiting.append((shown, at))
+        self._more.set()
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+    async def recv(self) -> Any:
+        while not self._waiting:
+            if self.readyState != "live":
+                raise MediaStreamError
+            self._more.clear()
+            await self._more.wait()
+        shown, at = self._waiting.popleft()
+        if self.kind == "audio":
+            frame = av.AudioFrame.from_ndarray(shown.samples[None], "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = RATE, at, Fraction(1, RATE)
+            return frame
+        picture = shown.frame
+        if (rows := picture.shape[0]) < VISIBLE:
+            scale = VISIBLE // rows
+            size = (scale * picture.shape[1], scale * rows)
+            picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+        frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+        frame.pts, frame.time_base = at * (90_000 // FPS) // PER_FRAME, Fraction(1, 90_000)
+        return frame
+
+    def stop(self) -> None:
+        super().stop()
+        self._more.set()
+
+
+class Placed:
+    """Sound by its time stamps, as 16 kHz mono without holes."""
+
+    def __init__(self) -> None:
+        self._resample = av.AudioResampler("s16", "mono", RATE)
+        self._next: int | None = None  # the stamp that should come, in its own rate
+        self.filled = 0  # samples of silence
+
+    def add(self, frame: Any) -> np.ndarray:
+        hole = 0
+        if self._next is not None and frame.pts > self._next:
+            missing = (frame.pts - self._next) / frame.sample_rate
+            hole = round(min(missing, HOLE) * RATE)
+        late = self._next is not None and frame.pts < self._next
+        if late:  # it came twice, or after its place was filled
+            return np.zeros(0, np.int16)
+        self._next = frame.pts + frame.samples
+        pieces = [np.asarray(x.to_ndarray()).reshape(-1) for x in self._resample.resample(frame)]
+        self.filled += hole
+        return np.concatenate([np.zeros(hole, np.int16), *pieces])
+
+
+class Call:
+    """A `Viewer` behind a peer connection."""
+
+    watching = True
+
+    def __init__(self, session: Session, speaks: bool, servers: RTCConfiguration):
+        self.id, self._session, self._speaks = secrets.token_urlsafe(9), session, speaks
+        self.peer = RTCPeerConnection(servers)
+        self._video, self._audio = Out("video"), Out("audio")
+        self._at, self._when = 0, 0.0
+        self._listening: asyncio.Task | None = None
+        self._gone = False
+        self.peer.on("connectionstatechange", self._changed)
+        self.peer.on("track", self._track)
+
+    # ---- a Viewer
+
+    def show(self, shown: Shown) -> None:
+        """Its place is the next one, or later by as much as the picture stood still."""
+        now = asyncio.get_running_loop().time()
+        if self._when:
+            still = now - self._when - 1 / FPS
+            frames = 1 + (round(still * FPS) if still > 3 / FPS else 0)
+            self._at += frames * PER_FRAME
+        self._when = now
+        for track in (self._video, self._audio):
+            track.put(shown, self._at)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        pass  # events come over the WebSocket
+
+    def clear(self, epoch: int) -> None:
+        self._video.clear()
+        self._audio.clear()
+
+    def close(self, reason: str) -> None:
+        self._later = asyncio.ensure_future(self.hang_up())
+
+    # ---- the call
+
+    async def answer(self, offer: str) -> str:
+        """Raises Problem for what is no offer, or wants nothing that is here."""
+        try:
+            await self.peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+            for transceiver in self.peer.getTransceivers():
+                if transceiver.kind == "video":
+                    transceiver.sender.replaceTrack(self._video)
+                    transceiver.direction = "sendonly"
+                else:
+                    transceiver.sender.replaceTrack(self._audio)
+                    transceiver.direction = "sendrecv" if self._speaks else "sendonly"
+            await self.peer.setLocalDescription(await self.peer.createAnswer())
+        except Exception as error:  # aiortc raises anything on what it cannot parse
+            await self.hang_up()
+            detail = f"this is no offer of a call that can be had here ({type(error).__name__})"
+            raise Problem(400, "bad-offer", detail) from None
+        self._session.join(self)
+        return self.peer.localDescription.sdp
+
+    async def candidates(self, fragment: str) -> None:
+        """Trickled candidates (application/trickle-ice-sdpfrag)."""
+        mid = "0"
+        for line in fragment.splitlines():
+            if line.startswith("a=mid:"):
+                mid = line[6:].strip()
+            elif line.startswith("a=candidate:"):
+                try:
+                    candidate = candidate_from_sdp(line[12:].strip())
+                except Exception:
+                    raise Problem(400, "bad-candidate", "this is no candidate") from None
+                candidate.sdpMid = mid
+                await self.peer.addIceCandidate(candidate)
+
+    async def hang_up(self) -> None:
+        """However it ends: nothing of it is left."""
+        if self._gone:
+            return
+        self._gone = True
+        self._session.leave(self)
+        self._session.metrics.dropped.labels("slow").inc(self._video.dropped)
+        for track in (self._video, self._audio):
+            track.stop()
+        if self._listening is not None:
+            self._listening.cancel()
+        await self.peer.close()
+
+    async def _changed(self) -> None:
+        if self.peer.connectionState in ("failed", "closed", "disconnected"):
+            await self.hang_up()
+
+    def _track(self, track: MediaStreamTrack) -> None:
+        if track.kind == "audio" and self._speaks:
+            self._listening = asyncio.ensure_future(self._listen(track))
+
+    async def _listen(self, track: MediaStreamTrack) -> None:
+        placed = Placed()
+        with contextlib.suppress(MediaStreamError):
+            while True:
+                samples = placed.add(await track.recv())
+                if len(samples):
+                    with contextlib.suppress(Problem):  # too much waits: the oldest of it matters
+                        self._session.speak(samples)
+
+
+class Calls:
+    """All calls of a server."""
+
+    def __init__(self, settings: "Settings"):
+        self._settings = settings
+        self._calls: dict[str, Call] = {}
+        self._ports = _range(settings.udp)
+        self._bound = False
+
+    def servers(self) -> list[dict[str, Any]]:
+        """As a browser wants them."""
+        settings = self._settings
+        known = {"username": settings.turn_user, "credential": settings.turn_password}
+        return [{"urls": [url]} | (known if url.startswith("turn") else {})
+                for url in settings.ice]  # fmt: skip
+
+    async def call(self, session: Session, offer: str, speaks: bool) -> tuple[Call, str]:
+        if self._ports and not self._bound:
+            _keep_to(asyncio.get_running_loop(), self._ports)
+            self._bound = True
+        servers = [RTCIceServer(**server) for server in self.servers()]
+        call = Call(session, speaks, RTCConfiguration(servers))
+        answer = await call.answer(offer)
+        self._calls = {name: one for name, one in self._calls.items() if not one._gone}
+        self._calls[call.id] = call
+        return call, answer
+
+    def get(self, name: str, session: str) -> Call:
+        call = self._calls.get(name)
+        if call is None or call._gone or call._session.id != session:
+            raise Problem(404, "no-such-call", "there is no call of this id any more")
+        return call
+
+    async def close(self) -> None:
+        await asyncio.gather(*(call.hang_up() for call in self._calls.values()))
+
+
+def routes(app: FastAPI, calls: Calls, sessions: Sessions, caller: Callable[..., Grant]) -> None:
+    Caller = Annotated[Grant, Depends(caller)]
+    at = "/v1/sessions/{session}/rtc"
+
+    async def ring(session: str, request: Request, speaks: bool) -> Response:
+        if request.headers.get("content-type", "").split(";")[0] != SDP:
+            raise Problem(415, "bad-type", f"send the offer as {SDP}")
+        offer = (await request.body())[:200_000].decode("utf-8", "replace")
+        call, answer = await calls.call(sessions.get(session), offer, speaks)
+        headers = {"location": f"/v1/sessions/{session}/rtc/{call.id}", "etag": f'"{call.id}"'}
+        links = [f'<{url}>; rel="ice-server"' for server in calls.servers()
+                 for url in server["urls"]]  # fmt: skip
+        if links:
+            headers["link"] = ", ".join(links)
+        return Response(answer, 201, headers, media_type=SDP)
+
+    @app.post(at, status_code=201)
+    async def whip(session: str, request: Request, grant: Caller) -> Response:
+        """Speaks and watches; an offer in, an answer out."""
+        return await ring(session, request, grant.role != "viewer")
+
+    @app.post("/v1/sessions/{session}/whep", status_code=201)
+    async def whep(session: str, request: Request, grant: Caller) -> Response:
+        """Watches only."""
+        return await ring(session, request, False)
+
+    @app.patch(at + "/{call}", status_code=204)
+    async def trickle(session: str, call: str, request: Request, grant: Caller) -> None:
+        fragment = (await request.body())[:20_000].decode("utf-8", "replace")
+        await calls.get(call, session).candidates(fragment)
+
+    @app.delete(at + "/{call}", status_code=204)
+    async def hang_up(session: str, call: str, grant: Caller) -> None:
+        await calls.get(call, session).hang_up()
+
+
+# ---- ports
+
+
+def _range(text: str) -> range | None:
+    from liveavatar_jax.types import LiveAvatarError
+
+    if not text:
+        return None
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
+        raise LiveAvatarError(f"udp = {text!r} must be a range of ports, as 50000-50099")
+    return range(int(first), int(last) + 1)
+
+
+def _keep_to(loop: Any, ports: range) -> None:
+    """Datagram sockets that ask for any port get one of these: aioice has no setting for it."""
+    make, turn = loop.create_datagram_endpoint, [0]
+
+    async def endpoint(factory: Any, local_addr: Any = None, **more: Any) -> Any:
+        if local_addr is None or local_addr[1] != 0:
+            return await make(factory, local_addr=local_addr, **more)
+        for _ in ports:
+            port = ports[turn[0] % len(ports)]
+            turn[0] += 1
+            with contextlib.suppress(OSError):
+                return await make(factory, local_addr=(local_addr[0], port), **more)
+        raise OSError(f"all UDP ports of {ports.start}-{ports.stop - 1} are taken")
+
+    loop.create_datagram_endpoint = endpoint

@@ -1,0 +1,453 @@
+"""Sessions: who is admitted, what each is doing, and why each ends.
+
+A slot of an engine is a lease. It is given back on every way out: asked for, nobody there, too
+long, nobody speaks, the engine fails, the server goes. Whatever happens in one session is said to
+that session alone.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import functools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve.clock import Clock, Overflow, RealClock, Shown, Timeline, publish
+from serve.link import Link
+from serve.metrics import Metrics
+from serve.wire import (
+    FPS,
+    PER_FRAME,
+    RATE,
+    Block,
+    Change,
+    Clear,
+    Close,
+    Closed,
+    Failed,
+    Hear,
+    Open,
+    Opened,
+    Ready,
+)
+
+log = logging.getLogger("serve.session")
+
+OPENING = 20.0  # seconds that an engine may take to open a session
+WARNING = 30.0  # seconds before the end that `session.expiring` comes
+MARGIN = (0.16, 0.8)  # seconds before the picture runs out that silence is asked for, within
+
+# reason: (WebSocket close code, whether to try again)
+REASONS = {
+    "done": (1000, False),
+    "left": (1000, False),
+    "idle": (1000, False),
+    "too_long": (1000, False),
+    "draining": (1001, True),
+    "engine": (1011, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Seconds, but for `lookahead`, blocks, and `viewers`."""
+
+    longest: float = 3600.0
+    idle: float = 300.0  # nobody speaks
+    grace: float = 30.0  # nobody is there
+    speech: float = 120.0  # of sound that may wait
+    lookahead: int = 2
+    viewers: int = 4
+
+
+class Problem(Exception):
+    """What a caller is told, as RFC 9457 has it. kind: the stable last part of `type`."""
+
+    def __init__(self, status: int, kind: str, detail: str, after: float | None = None):
+        super().__init__(detail)
+        self.status, self.kind, self.detail, self.after = status, kind, detail, after
+
+
+class Viewer(Protocol):
+    """Somebody who watches or speaks. No call waits: who is slow loses frames, or leaves."""
+
+    watching: bool  # whether frames are wanted, or events alone
+
+    def show(self, shown: Shown) -> None: ...
+    def tell(self, event: dict[str, Any]) -> None: ...
+    def clear(self, epoch: int) -> None: ...
+    def close(self, reason: str) -> None: ...
+
+
+@dataclasses.dataclass
+class Worker:
+    """An engine, and the ids of the sessions it holds: its slots are free when it says so."""
+
+    link: Link
+    held: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def ready(self) -> Ready | None:
+        return self.link.health.ready
+
+    @property
+    def free(self) -> int:
+        return 0 if self.ready is None else self.ready.slots - len(self.held)
+
+
+class Session:
+    """One stream. Its methods are called in the event loop's thread and never wait."""
+
+    def __init__(
+        self, worker: Worker, ready: Ready, limits: Limits, metrics: Metrics, clock: Clock,
+        *, live: bool, freeze: bool,
+    ):  # fmt: skip
+        self.id = secrets.token_urlsafe(9)
+        self.worker, self.ready, self.limits, self.metrics = worker, ready, limits, metrics
+        self.timeline = Timeline(
+            ready.frames, ready.ahead, lookahead=limits.lookahead, live=live, freeze=freeze,
+            limit=limits.speech,
+        )  # fmt: skip
+        self.state, self.reason = "opening", ""
+        self.viewers: list[Viewer] = []
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.begun = self.heard = self.seen = clock.now()  # created; last sound in; last viewer
+        self.stalls = 0.0
+        self.turns: collections.deque[float] = collections.deque(maxlen=100)
+        self.warned = False
+        self._clock = clock
+        self._asked: collections.deque[float] = collections.deque()
+        self._turn: float | None = None  # when the speech under way began to come in
+        self._shown = 0
+        self._rate = (clock.now(), 0, 0.0)  # when frames were counted last; how many; a second
+        self._task: asyncio.Task | None = None
+
+    # ---- what a caller does
+
+    def speak(self, samples: np.ndarray, epoch: int | None = None) -> None:
+        """Sound, int16 at 16 kHz. That of an older epoch is dropped. Raises Problem when too much
+        waits."""
+        if self.state == "closed" or epoch not in (None, self.timeline.epoch):
+            return
+        if self._turn is None and not self.timeline.speaking:
+            self._turn = self._clock.now()
+        try:
+            self.timeline.push(samples)
+        except Overflow as error:
+            raise Problem(429, "too-far-ahead", str(error), 1.0) from None
+        self.heard = self._clock.now()
+
+    def end(self) -> None:
+        """What was sent is all of this speech."""
+        self.timeline.end()
+
+    def interrupt(self) -> None:
+        """Nothing of what was said before is shown after this."""
+        begun, played = self._clock.now(), self.timeline.clear()
+        self.worker.link.send(Clear(self.id, self.timeline.epoch))
+        self._asked.clear()
+        self._turn = None
+        played_ms = round(1000 * played)
+        for viewer in list(self.viewers):
+            viewer.clear(self.timeline.epoch)
+        if self.state == "speaking":
+            self.tell("speech.ended", played_ms=played_ms, interrupted=True)
+            self._become("ready")
+        self.tell("audio.cleared", played_ms=played_ms)
+        self.metrics.clear.observe(self._clock.now() - begun)
+
+    def change(self, prompt: str) -> None:
+        self.worker.link.send(Change(self.id, prompt))
+        self.tell("session.updated", prompt=prompt)
+
+    def join(self, viewer: Viewer) -> None:
+        """Raises Problem when too many watch."""
+        if self.state == "closed":
+            raise Problem(410, "session-closed", f"the session has ended: {self.reason}")
+        if len(self.viewers) >= self.limits.viewers + 2:  # and who speaks, and who listens
+            raise Problem(429, "too-many-viewers", "as many watch as may", 5.0)
+        self.viewers.append(viewer)
+        self.seen = self._clock.now()
+
+    def leave(self, viewer: Viewer) -> None:
+        with contextlib.suppress(ValueError):
+            self.viewers.remove(viewer)
+        self.seen = self._clock.now()
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        event = {"type": kind, "epoch": self.timeline.epoch, **fields}
+        for viewer in list(self.viewers):
+            viewer.tell(event)
+
+    # ---- what the engine says
+
+    def hear(self, message: Opened | Block) -> None:
+        if isinstance(message, Opened):
+            self._become("ready")
+            if not self.opened.done():
+                self.opened.set_result(None)
+            ask = lambda samples: self._ask(samples)
+            job = publish(self.timeline, ask, self._show, self._clock, self._stalled)
+            self._task = asyncio.create_task(job)
+            self._task.add_done_callback(self._published)
+            return
+        if message.epoch == self.timeline.epoch and self._asked:
+            took = self._clock.now() - self._asked.popleft()
+            low, high = MARGIN
+            wanted = min(high, max(low, 0.08 + 1.5 * took))
+            # Up at once, down slowly: an engine that was late once may be so again.
+            self.timeline.margin = max(wanted, 0.98 * self.timeline.margin)
+        for stage, seconds in message.seconds.items():
+            self.metrics.block.labels(stage).observe(seconds)
+        stale = self.timeline.stale
+        self.timeline.arrive(message)
+        self.metrics.dropped.labels("stale").inc(self.timeline.stale - stale)
+
+    def _published(self, task: asyncio.Task) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.error("publisher of a session failed", exc_info=task.exception())
+
+    def _ask(self, samples: np.ndarray) -> None:
+        self._asked.append(self._clock.now())
+        self.worker.link.send(Hear(self.id, self.timeline.epoch, samples))
+
+    def _show(self, shown: Shown) -> None:
+        if not self._shown:
+            self.metrics.first_frame.observe(self._clock.now() - self.begun)
+        self._shown += 1
+        self.metrics.frames.inc()
+        for kind, fields in shown.events:
+            if kind == "speech.started":
+                self._become("speaking")
+                if self._turn is not None:
+                    self.turns.append(self._clock.now() - self._turn)
+                    self.metrics.turn.observe(self.turns[-1])
+                    fields = fields | {"turn_ms": round(1000 * self.turns[-1])}
+            else:
+                self._become("ready")
+                self._turn = None
+            self.tell(kind, **fields)
+        for viewer in list(self.viewers):
+            if viewer.watching:
+                viewer.show(shown)
+
+    def _stalled(self, seconds: float) -> None:
+        self.stalls += seconds
+        self.metrics.stalls.inc(seconds)
+
+    def _become(self, state: str) -> None:
+        if self.state not in (state, "closed"):
+            self.state = state
+            self.tell("session.state", state=state)
+
+    # ---- how it goes, and how it ends
+
+    def stats(self) -> dict[str, Any]:
+        now, (when, count, rate) = self._clock.now(), self._rate
+        if now - when >= 0.9:
+            rate = (self._shown - count) / (now - when)
+            self._rate = (now, self._shown, rate)
+        return {
+            "state": self.state,
+            "fps": round(rate, 1),
+            "frames": self._shown,
+            "turn_ms": round(1000 * self.turns[-1]) if self.turns else None,
+            "buffer_ms": round(1000 * self.timeline.buffered),
+            "waiting_ms": round(1000 * self.timeline.waiting / RATE),
+            "stall_ms": round(1000 * self.stalls),
+            "gap_ms": round(1000 * self.timeline.gaps / RATE),
+            "skew_ms": 0,  # frame and samples are one item, up to the viewer's own buffers
+            "viewers": sum(viewer.watching for viewer in self.viewers),
+        }
+
+    def overdue(self) -> str | None:
+        """The reason for which it is over, if it is; warns before."""
+        now, limits = self._clock.now(), self.limits
+        left = {
+            "too_long": self.begun + limits.longest - now,
+            "idle": self.heard + limits.idle - now,
+            "left": limits.grace if self.viewers else self.seen + limits.grace - now,
+        }
+        reason, soonest = min(left.items(), key=lambda item: item[1])
+        if soonest <= 0:
+            return reason
+        expiring = [why for why in ("too_long", "idle") if left[why] < WARNING]
+        if expiring and not self.warned:
+            self.tell("session.expiring", in_s=round(soonest), why=expiring[0])
+        self.warned = bool(expiring)
+        return None
+
+    def finish(self, reason: str, detail: str = "") -> None:
+        """Once; whoever is there is told why."""
+        if self.state == "closed":
+            return
+        self.tell("session.closed", reason=reason, detail=detail)
+        self.state, self.reason = "closed", reason
+        if self._task is not None:
+            self._task.cancel()
+        if not self.opened.done():
+            self.opened.set_exception(Problem(503, "engine-fault", detail or reason, 5.0))
+            self.opened.exception()  # it may be that nobody waits for it any more
+        for viewer in list(self.viewers):
+            viewer.close(reason)
+        self.viewers.clear()
+        timeline = self.timeline
+        self.metrics.gaps.inc(timeline.gaps / RATE)
+        self.metrics.ended.labels(reason).inc()
+        seconds = self._clock.now() - self.begun
+        self.metrics.length.observe(seconds)
+        log.info("session ended", extra={"about": {
+            "reason": reason, "seconds": round(seconds, 1), "frames": self._shown,
+            "stall_s": round(self.stalls, 3), "gap_s": round(timeline.gaps / RATE, 3),
+            "turns": len(self.turns),
+        }})  # fmt: skip
+
+
+class Sessions:
+    """All sessions, over some workers."""
+
+    def __init__(
+        self, workers: Sequence[Callable[[Any, Any], Link]], limits: Limits, metrics: Metrics,
+        clock: Clock | None = None,
+    ):  # fmt: skip
+        self.limits, self.metrics = limits, metrics
+        self.clock: Clock = clock or RealClock()
+        self.all: dict[str, Session] = {}
+        self.draining = False
+        self.workers: list[Worker] = []
+        for make in workers:
+            worker = Worker(None)  # type: ignore[arg-type]
+            worker.link = make(functools.partial(self._hear, worker),
+                               functools.partial(self._lost, worker))  # fmt: skip
+            self.workers.append(worker)
+
+    async def run(self) -> None:
+        """Engines and the watch over sessions, until cancelled."""
+        jobs = [worker.link.run() for worker in self.workers]
+        try:
+            await asyncio.gather(*jobs, self._watch())
+        finally:
+            for session in list(self.all.values()):
+                self.close(session, "draining")
+
+    @property
+    def ready(self) -> Ready | None:
+        """What a warm engine can do; all workers run the same model."""
+        return next((worker.ready for worker in self.workers if worker.ready is not None), None)
+
+    @property
+    def free(self) -> int:
+        return sum(worker.free for worker in self.workers)
+
+    async def create(
+        self, picture: Callable[[Ready], np.ndarray], prompt: str, *, seed: int = 0,
+        live: bool = False, freeze: bool = False,
+    ) -> Session:  # fmt: skip
+        """A session that is open. picture: makes the portrait for the model's size. Raises Problem
+        when there is no place, before those that run would notice."""
+        worker = max(self.workers, key=lambda worker: worker.free)
+        if self.draining:
+            self._refuse("draining", 503, "this server is going down", 30.0)
+        if worker.ready is None:
+            health = worker.link.health
+            self._refuse(
+                "not-ready", 503, f"the model is not ready: {health.stage}, {health.done:.0%}", 5.0
+            )
+        if worker.free < 1:
+            self._refuse("no-free-slot", 429, "all places are taken; try again later", 10.0)
+        assert worker.ready is not None
+        session = Session(
+            worker, worker.ready, self.limits, self.metrics, self.clock, live=live, freeze=freeze
+        )
+        self.all[session.id] = session
+        worker.held.add(session.id)  # before anything waits: nobody else gets this place
+        try:
+            shown = await asyncio.to_thread(picture, worker.ready)
+            worker.link.send(Open(session.id, shown, prompt, seed))
+            await asyncio.wait_for(asyncio.shield(session.opened), OPENING)
+        except TimeoutError:
+            self.close(session, "engine", "the engine did not open the session in time")
+            self._refuse("engine-fault", 503, "the engine did not open the session in time", 5.0)
+        except BaseException as error:
+            self.close(session, "engine", str(error))
+            result = error.kind if isinstance(error, Problem) else "refused"
+            self.metrics.admissions.labels(result).inc()
+            raise
+        self.metrics.admissions.labels("admitted").inc()
+        return session
+
+    def get(self, name: str) -> Session:
+        """Raises Problem when there is none of that id."""
+        if name not in self.all:
+            raise Problem(404, "no-such-session", "there is no session of this id any more")
+        return self.all[name]
+
+    def close(self, session: Session, reason: str, detail: str = "") -> None:
+        """Ends a session, if it has not ended, and gives its slot back."""
+        if self.all.pop(session.id, None) is not None:
+            session.finish(reason, detail)
+            session.worker.link.send(Close(session.id))
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nobody new; who is there may finish for so long."""
+        self.draining = True
+        for session in self.all.values():
+            session.tell("session.state", state="draining")
+        until = time.monotonic() + seconds
+        while self.all and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        for session in list(self.all.values()):
+            self.close(session, "draining")
+
+    def _refuse(self, kind: str, status: int, detail: str, after: float) -> None:
+        self.metrics.admissions.labels(kind).inc()
+        raise Problem(status, kind, detail, after)
+
+    def _hear(self, worker: Worker, message: Any) -> None:
+        match message:
+            case Ready():
+                self.metrics.ready.set(1)
+            case Opened(name) | Block(session=name) if name in self.all:
+                self.all[name].hear(message)
+            case Closed(name):
+                worker.held.discard(name)
+            case Failed(name, reason):
+                worker.held.discard(name)
+                if name in self.all:
+                    self.close(self.all[name], "engine", reason)
+
+    def _lost(self, worker: Worker, reason: str) -> None:
+        self.metrics.ready.set(float(self.ready is not None))
+        self.metrics.restarts.inc()
+        for session in list(self.all.values()):
+            if session.worker is worker:
+                self.close(session, "engine", f"the engine was lost ({reason})")
+        worker.held.clear()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            states = collections.Counter(session.state for session in self.all.values())
+            for state in ("opening", "ready", "speaking"):
+                self.metrics.sessions.labels(state).set(states[state])
+            buffers = [session.timeline.buffered for session in self.all.values()]
+            self.metrics.buffer.set(min(buffers, default=0.0))
+            for session in list(self.all.values()):
+                if (reason := session.overdue()) is not None:
+                    self.close(session, reason)
+                else:
+                    session.tell("stats", **session.stats())
+
+
+def lasting(limits: Limits) -> float:
+    """Seconds that a token must be good for."""
+    return limits.longest + limits.grace
+
+
+assert PER_FRAME * FPS == RATE

@@ -1,0 +1,153 @@
+"""What an operator decides: flags over environment (AVATAR_SERVE_...) over a TOML file."""
+
+import argparse
+import dataclasses
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from liveavatar_jax.types import LiveAvatarError
+from serve.sessions import Limits
+
+PREFIX = "AVATAR_SERVE_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Each field is a flag (--max-body), a variable (AVATAR_SERVE_MAX_BODY) and a line of the
+    file (max_body = ...). Lists are split at commas in flags and variables."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    engine: str = "model"  # or "mock", which draws frames without a model
+    weights: str = ""  # converted checkpoint; the built-in puppet when empty
+    workers: int = 1  # engine processes
+    slots: int = 1  # sessions of each
+    size: str = "720*400"  # of models that know more than one
+    device: str = ""  # cpu, gpu, tpu; the best when empty
+    keys: tuple[str, ...] = ()  # of backends; none: open, which only loopback hosts may be
+    secret: str = ""  # signs client tokens; a new one at each start when empty
+    origins: tuple[str, ...] = ()  # other web pages that may call
+    uploads: str = "auto"  # portraits of callers: yes, no, or on loopback alone
+    consent: bool = False  # uploads need a consent record
+    badge: bool = False  # "AI" in a corner of every frame
+    max_body: int = 16_000_000  # bytes of a request
+    rate: float = 2.0  # sessions that an address may create a second
+    drain: float = 30.0  # seconds for who is there, on the way down
+    ice: tuple[str, ...] = ()  # stun: and turn: URLs for browsers and us
+    turn_user: str = ""
+    turn_password: str = ""
+    udp: str = ""  # ports for WebRTC, as 50000-50099; any when empty
+    jobs: str = ""  # folder of offline jobs; a temporary one when empty
+    longest: float = Limits.longest
+    idle: float = Limits.idle
+    grace: float = Limits.grace
+    lookahead: int = Limits.lookahead
+    viewers: int = Limits.viewers
+
+    def __post_init__(self):
+        if self.engine not in ("model", "mock"):
+            raise LiveAvatarError(f"engine = {self.engine!r} must be model or mock")
+        if self.uploads not in ("auto", "yes", "no"):
+            raise LiveAvatarError(f"uploads = {self.uploads!r} must be auto, yes or no")
+        for name in ("workers", "slots", "lookahead"):
+            if getattr(self, name) < 1:
+                raise LiveAvatarError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("longest", "idle", "grace", "rate", "drain"):
+            if not getattr(self, name) > 0:
+                raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0")
+        if not 0 <= self.port < 65536:
+            raise LiveAvatarError(f"port = {self.port} must lie in 0..65535")
+        if not self.keys and not self.loopback:
+            raise LiveAvatarError(
+                f"host = {self.host} lets others in; set keys (AVATAR_SERVE_KEYS), or serve on "
+                "127.0.0.1 behind a proxy that asks for one"
+            )
+
+    @property
+    def loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def takes_uploads(self) -> bool:
+        return self.uploads == "yes" or (self.uploads == "auto" and self.loopback)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.longest, self.idle, self.grace, lookahead=self.lookahead,
+                      viewers=self.viewers)  # fmt: skip
+
+    def command(self) -> list[str]:
+        """The words of an engine."""
+        if self.engine == "mock":
+            return ["--mock", "--slots", str(self.slots)]
+        words = ["--slots", str(self.slots), "--size", self.size]
+        words += ["--weights", self.weights] if self.weights else []
+        return words + (["--device", self.device] if self.device else [])
+
+
+def read(
+    argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """Raises LiveAvatarError for what is unknown or of the wrong kind, and says where it stands."""
+    hints = get_type_hints(Settings)
+    parser = argparse.ArgumentParser(
+        prog="python -m serve", description="Talk to an avatar in a browser, or from an agent.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, one line a setting")
+    for field in dataclasses.fields(Settings):
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        parser.add_argument(f"--{field.name.replace('_', '-')}", metavar=_kind(hints[field.name]),
+                            help=f"default: {default!r}")  # fmt: skip
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {}
+    if (path := given.pop("config")) is not None:
+        values |= _file(path, hints)
+    for name, kind in hints.items():
+        variable = PREFIX + name.upper()
+        if variable in environment:
+            values[name] = _as(kind, environment[variable], variable)
+        if given[name] is not None:
+            values[name] = _as(kind, given[name], f"--{name.replace('_', '-')}")
+    return Settings(**values)
+
+
+def _file(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        lines = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise LiveAvatarError(f"cannot read {path}: {str(error.strerror).lower()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LiveAvatarError(f"{path} is no TOML: {error}") from None
+    values = {}
+    for name, value in lines.items():
+        if name not in hints:
+            raise LiveAvatarError(f"{path}: there is no setting {name}")
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        values[name] = _as(hints[name], text, f"{path}: {name}")
+    return values
+
+
+def _kind(kind: Any) -> str:
+    return {int: "N", float: "X", bool: "yes|no", str: "TEXT"}.get(kind, "A,B")
+
+
+def _as(kind: Any, text: str, where: str) -> Any:
+    try:
+        if kind is bool:
+            return {"yes": True, "true": True, "1": True, "no": False, "false": False,
+                    "0": False}[text.strip().lower()]  # fmt: skip
+        if kind in (int, float):
+            return kind(text)
+    except (ValueError, KeyError):
+        raise LiveAvatarError(f"{where} = {text!r} must be {_kind(kind)}") from None
+    if kind is str:
+        return text
+    return tuple(part.strip() for part in text.split(",") if part.strip())
