@@ -15,7 +15,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, focus
 
-STEPS = 2000
+STEPS = 3500
 
 
 def config() -> Forcing:
@@ -24,7 +24,7 @@ def config() -> Forcing:
         model=load_config(MODEL),
         start=str(OUT / "teacher_model"),
         adapters=None,
-        objective=DiffusionForcing(shift=1.0, bell=False, focus=focus()),
+        objective=DiffusionForcing(shift=2.0, bell=False, focus=focus(), clean=True),
         optimiser=optax.adam(rate, 0.9, 0.98),
         motion="still",
         scaffold=False,
@@ -32,7 +32,7 @@ def config() -> Forcing:
         clip=1.0,
         average=0.995,
         average_from=50,
-        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="random",
                         drop_text=0.1),
         steps=STEPS,
         save_every=250,

@@ -14,7 +14,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, SHARDS, focus
 
-STEPS = 2000
+STEPS = 3500
 
 
 def config() -> Forcing:
@@ -22,14 +22,14 @@ def config() -> Forcing:
     return Forcing(
         model=load_config(MODEL),
         adapters=None,
-        objective=FlowMatching(shift=1.0, bell=False, focus=focus()),
+        objective=FlowMatching(shift=2.0, bell=False, focus=focus(), clean=True),
         optimiser=optax.adam(rate, 0.9, 0.98),
         motion="still",
         scaffold=False,
         clip=1.0,
         average=0.995,
         average_from=50,
-        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="random",
                         drop_text=0.1, drop_audio=0.05),
         steps=STEPS,
         save_every=250,

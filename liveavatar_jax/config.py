@@ -40,7 +40,7 @@ class DiTConfig:
     audio_layers: int = 25  # hidden states of the speech encoder that are averaged
     audio_tokens: int = 4  # learned tokens per latent frame, one padding token is added
     inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
-    predicts: str = "velocity"  # or "clean": what the head says, of which a velocity is made
+    predicts: str = "velocity"  # what the head says; "offset": clean latents less those of the pose
     attention: str = "auto"  # "auto" | "chunked" | "cudnn" | "pallas"
     remat: str = "none"  # what a gradient keeps: "none" | "dots" | "full" | "offload"
     param_dtype: str = "bfloat16"
@@ -53,8 +53,8 @@ class DiTConfig:
         insist(inside, self, "inject_layers", f"lie within 0..{self.layers - 1}")
         ascending = list(self.inject_layers) == sorted(set(self.inject_layers))
         insist(ascending, self, "inject_layers", "ascend without repeats")
-        known = self.predicts in ("velocity", "clean")
-        insist(known, self, "predicts", 'be "velocity" or "clean"')
+        known = self.predicts in ("velocity", "offset")
+        insist(known, self, "predicts", 'be "velocity" or "offset"')
         known = ("auto", "chunked", "cudnn", "pallas")
         insist(self.attention in known, self, "attention", f"be one of {', '.join(known)}")
         known = ("none", "dots", "full", "offload")

@@ -39,8 +39,9 @@ def given(model: CausalDiT, frames: int, **more):
 
 
 @jax.jit
-def both_ways(model, x, sigma):
-    return bidirectional(model, x, sigma, given(model, x.shape[1]))
+def both_ways(model, x, sigma, pose=None):
+    known = dataclasses.replace(given(model, x.shape[1]), pose=pose)
+    return bidirectional(model, x, sigma, known)
 
 
 def test_both_ways_is_dense_attention_over_noise_and_condition():
@@ -100,7 +101,7 @@ def clip(model, x, past, sigma, window=None, forced=True, position=None, distanc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("predicts", ["velocity", "clean"])
+@pytest.mark.parametrize("predicts", ["velocity", "offset"])
 def test_teacher_forcing_is_a_stream_with_a_clean_history(predicts):
     """Each noisy block against a ring of the clean ones before it, rolled far into the video."""
     model = dit(predicts=predicts)
@@ -137,15 +138,15 @@ def test_teacher_forcing_is_a_stream_with_a_clean_history(predicts):
     np.testing.assert_allclose(want, stream(model), atol=3e-5 * max(1.0, np.abs(want).max()))
 
 
-def test_a_velocity_is_made_of_a_clean_prediction():
-    """Over the noise level, but never over less than 0.05."""
-    x = normal(9, 1, 4, H, W, 16)
+def test_a_velocity_is_made_of_an_offset():
+    """From the pose to the clean latents; over the noise level, but never over less than 0.05."""
+    x, pose = normal(9, 1, 4, H, W, 16), normal(11, 1, 1, H, W, 16)
     for sigma in (0.02, 0.6):
-        said = both_ways(dit(), x, jnp.full(1, sigma))
-        made = both_ways(dit(predicts="clean"), x, jnp.full(1, sigma))
-        np.testing.assert_allclose(made, (x - said) / max(sigma, 0.05), rtol=1e-4, atol=1e-3)
+        said = both_ways(dit(), x, jnp.full(1, sigma), pose=pose)
+        made = both_ways(dit(predicts="offset"), x, jnp.full(1, sigma), pose=pose)
+        np.testing.assert_allclose(made, (x - pose - said) / max(sigma, 0.05), rtol=1e-4, atol=1e-3)
     levels = jnp.repeat(jnp.asarray([[0.9, 0.02]]), BLOCK, axis=1)
-    said, made = (clip(dit(predicts=p), x, x, levels, None, False) for p in ("velocity", "clean"))
+    said, made = (clip(dit(predicts=p), x, x, levels, None, False) for p in ("velocity", "offset"))
     want = (x - said) / jnp.maximum(levels, 0.05)[..., None, None, None]
     np.testing.assert_allclose(made, want, rtol=1e-4, atol=1e-3)
 

@@ -221,6 +221,28 @@ def test_flow_matching_has_one_level_a_clip():
     assert DiffusionForcing.causal and not FlowMatching.causal
 
 
+@pytest.mark.parametrize("make", [DiffusionForcing, FlowMatching, TeacherForcing])
+def test_errors_of_clean_latents(make):
+    """They are those of the velocity times the level."""
+    off = lambda x, levels, past: noise - X + 1 / levels[..., None, None, None]
+    noise = make(bell=False)._draw(X, KEY, 3)[1]
+    loss, metrics = make(bell=False, clean=True)(off, X, KEY, 3)
+    np.testing.assert_allclose((loss, metrics["flow_error"]), 1.0, rtol=1e-4)
+
+
+def test_a_critic_s_errors_of_clean_latents():
+    def scored(clean: bool):
+        def off(x, sigma):
+            noise = (x - (1 - over(sigma)) * X) / over(sigma)
+            return noise - X + 1 / over(sigma)
+
+        loss, _ = Critic(Levels(low=0.2), clean)(X, Scores(teacher, off), None, KEY)
+        return float(loss)
+
+    assert scored(False) > 1.1
+    assert scored(True) == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("bell", [True, False])
 def test_focus_weighs_rows_and_columns(bell):
     """As if each cell's error were counted that often, with weights of mean 1."""

@@ -48,7 +48,7 @@ from train.text import TEXT, TEXT_LEN
 OUT, SIZE = Path("runs/puppet"), 64
 SHIPPED = packed.PRESETS / packed.PRESET
 MODEL, SHARDS, PRESET = OUT / "model", OUT / "shards", OUT / "preset"
-CLIPS = 1200  # to train
+CLIPS = 2000  # to train
 LATENTS = 21  # of a clip: 7 blocks
 MEASURED = 64  # puppets that the spread of latents is taken from
 
@@ -61,7 +61,7 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
         dim=192, ffn_dim=768, heads=6, layers=4, freq_dim=128,
         latent_channels=vae.z_dim, text_dim=TEXT.dim, text_len=TEXT_LEN, audio_dim=width,
         audio_layers=layers, audio_tokens=4, inject_layers=(0, 1, 2), param_dtype="float32",
-        predicts="clean",
+        predicts="offset",
     )  # fmt: skip
     stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", pose="sink",
                           dtype="float32")  # fmt: skip

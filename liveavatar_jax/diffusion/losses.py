@@ -106,6 +106,7 @@ class DiffusionForcing(nnx.Module):
 
     Levels are rows of the training schedule, drawn uniformly; `bell` weights them as published,
     around the middle of the shifted timesteps. `focus` weights rows and columns of the latents.
+    `clean` takes the error of the clean latents, which is that of the velocity times the level.
     """
 
     causal = True  # the network sees no later block
@@ -115,8 +116,9 @@ class DiffusionForcing(nnx.Module):
         shift: float = 5.0,
         bell: bool = True,
         focus: tuple[tuple[float, ...], ...] | None = None,
+        clean: bool = False,
     ):
-        self.shift, self.bell, self.focus = shift, bell, focus
+        self.shift, self.bell, self.focus, self.clean = shift, bell, focus, clean
 
     def __call__(
         self, velocity: Callable[..., Clip], clean: Clip, key: Key[Array, ""], block_frames: int
@@ -130,6 +132,8 @@ class DiffusionForcing(nnx.Module):
         x = add_noise(clean, noise, _over(levels, clean))
         past = self._past(clean, key, block_frames)
         error = (_wide(velocity(x, levels, past)) - target(clean, noise)) ** 2
+        if self.clean:
+            error = error * _over(levels, clean) ** 2
         seen = {"flow_error": jnp.mean(error)}
         if self.focus is not None:
             focus = jnp.asarray(self.focus)
@@ -164,9 +168,10 @@ class TeacherForcing(DiffusionForcing):
         shift: float = 5.0,
         bell: bool = True,
         focus: tuple[tuple[float, ...], ...] | None = None,
+        clean: bool = False,
         augment: float = 0.0,
     ):
-        super().__init__(shift, bell, focus)
+        super().__init__(shift, bell, focus, clean)
         self.augment = augment
 
     def _past(self, clean: Clip, key: Key[Array, ""], size: int) -> Clip | None:
@@ -278,10 +283,10 @@ class Adversarial(nnx.Module):
 
 
 class Critic(nnx.Module):
-    """Flow matching on generated clips, without weights or guidance."""
+    """Flow matching on generated clips, without weights or guidance; `clean` as in stage 1."""
 
-    def __init__(self, levels: Levels = Levels()):
-        self.levels = levels
+    def __init__(self, levels: Levels = Levels(), clean: bool = False):
+        self.levels, self.clean = levels, clean
 
     def __call__(
         self, x: Clip, scores: Scores, real: Clip | None, key: Key[Array, ""]
@@ -289,7 +294,8 @@ class Critic(nnx.Module):
         """The loss of `scores.critic` on the clip; `real` is a clip of the data, not needed."""
         x = _wide(x)
         noisy, noise, sigma = self.levels.noised(x, key)
-        loss = jnp.mean((_wide(scores.critic(noisy, sigma)) - target(x, noise)) ** 2)
+        error = _wide(scores.critic(noisy, sigma)) - target(x, noise)
+        loss = jnp.mean((_over(sigma, x) * error if self.clean else error) ** 2)
         return loss, {"critic_loss": loss}
 
 

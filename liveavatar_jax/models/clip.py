@@ -82,7 +82,7 @@ def causal(
     (teacher forcing): one sequence [clean | noisy], whose clean half sees its own past.
     """
     b, f, h, w, _ = x.shape
-    blocks = math.ceil(f / block_frames)
+    pose, blocks = given.pose, math.ceil(f / block_frames)
     position = jnp.zeros(b, jnp.int32) if position is None else position
     distance = jnp.zeros((b, blocks), jnp.int32) if distance is None else distance
     sink = dit.prefill(given.reference, given.motion, given.text, layout)
@@ -117,7 +117,7 @@ def causal(
     x, _ = dit.trunk(x, level.blocks, given.text, attend, sink, *heard, layout)
     x, level = x[:, -f:], jax.tree.map(lambda a: a[:, -f:], level)
     y = dit.unpatchify(layout.join(dit.head(x, level.head), p), h, w)
-    return dit.velocity(y, noisy, level.sigma)
+    return dit.velocity(y, noisy, pose, level.sigma)
 
 
 def bidirectional(
@@ -131,7 +131,7 @@ def bidirectional(
     _, _, h, w, _ = x.shape
     y, level = hidden(dit, x, sigma, given, layout)
     y = layout.join(dit.head(y, level.head), (h // 2) * (w // 2))
-    return dit.velocity(dit.unpatchify(y, h, w), x, level.sigma)
+    return dit.velocity(dit.unpatchify(y, h, w), x, given.pose, level.sigma)
 
 
 def hidden(

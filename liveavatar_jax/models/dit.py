@@ -166,7 +166,7 @@ class CausalDiT(nnx.Module):
         e = self.time_out(jax.nn.silu(self.time_in(t)))
         blocks = self.time_proj(jax.nn.silu(e))
         blocks = rearrange(blocks, "b f (m dim) -> b f m dim", m=6)
-        kept = sigma.astype(jnp.float32) if self.cfg.predicts == "clean" else None
+        kept = sigma.astype(jnp.float32) if self.cfg.predicts == "offset" else None
         return Level(head=e, blocks=blocks, sigma=kept)
 
     # ---- the two uses
@@ -237,7 +237,7 @@ class CausalDiT(nnx.Module):
         memory = (jnp.arange(self.cfg.layers), cache.sink)
         x, fresh = self.trunk(x, level.blocks, text, attend, memory, audio, speakers, layout)
         y = layout.join(self.head(x, level.head), p)
-        return self.velocity(self.unpatchify(y, h, w), noisy, level.sigma), fresh
+        return self.velocity(self.unpatchify(y, h, w), noisy, pose, level.sigma), fresh
 
     # ---- what they share
 
@@ -325,16 +325,19 @@ class CausalDiT(nnx.Module):
 
     def velocity(
         self,
-        y: Float[Array, "b f h w c"],
+        said: Float[Array, "b f h w c"],
         x: Float[Array, "b f h w c"],
+        pose: Float[Array, "b #f h w c"] | None,
         sigma: Float[Array, "b f"] | None,
     ) -> Float[Array, "b f h w c"]:
         """Of what the head says. A small network does better by the clean latents: these it can
-        say, while the noise has more dimensions than it has width (arXiv 2511.13720)."""
+        say, while noise has more dimensions than it has width (arXiv 2511.13720); and best by
+        how they differ from a picture of the same person, which is little where nothing moves."""
         if sigma is None:
-            return y
-        apart = x.astype(jnp.float32) - y.astype(jnp.float32)
-        return (apart / jnp.maximum(sigma, LEAST)[..., None, None, None]).astype(y.dtype)
+            return said
+        wide = lambda a: a.astype(jnp.float32)
+        apart = wide(x) - wide(said) - (0.0 if pose is None else wide(pose))
+        return (apart / jnp.maximum(sigma, LEAST)[..., None, None, None]).astype(said.dtype)
 
     def unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
         return rearrange(
