@@ -14,14 +14,14 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Distill, Schedule
 from train.preset import MODEL, OUT, SHARDS
 
-STEPS, RATIO = 900, 4
+STEPS, RATIO = 660, 3
 
 
 def config() -> Distill:
     adam = lambda rate, updates: optax.adam(
         optax.cosine_decay_schedule(rate, updates, 0.05), 0.0, 0.99
     )
-    levels = Levels(shift=2.0)
+    levels = Levels(shift=2.0, low=0.2)
     return Distill(
         model=load_config(MODEL),
         weights=str(OUT / "teacher_model"),
@@ -29,14 +29,14 @@ def config() -> Distill:
         adapters=None,
         objective=DMD(Guidance(1.0, 1.0), levels),
         critic=Critic(levels, clean=True),
-        optimiser=adam(1e-4, STEPS // RATIO),
+        optimiser=adam(1.5e-4, STEPS // RATIO),
         critic_optimiser=adam(4e-4, STEPS),
         schedule=Schedule(RATIO),
         policy=Policy(positions=3000, exits=(0.0, 0.0, 0.0, 1.0)),
         clip=1.0,
         average=0.99,
         average_from=20,
-        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="random"),
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first"),
         steps=STEPS,
         save_every=100,
         keep=2,

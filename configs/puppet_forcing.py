@@ -15,11 +15,11 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, focus
 
-STEPS = 3500
+STEPS = 3400
 
 
 def config() -> Forcing:
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1.2e-3, 50, STEPS, 3e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1.8e-3, 50, STEPS, 3e-5)
     return Forcing(
         model=load_config(MODEL),
         start=str(OUT / "teacher_model"),
@@ -32,7 +32,7 @@ def config() -> Forcing:
         clip=1.0,
         average=0.995,
         average_from=50,
-        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="random",
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
                         drop_text=0.1),
         steps=STEPS,
         save_every=250,

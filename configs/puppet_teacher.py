@@ -14,11 +14,11 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, SHARDS, focus
 
-STEPS = 3500
+STEPS = 2500
 
 
 def config() -> Forcing:
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1.2e-3, 100, STEPS, 6e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2.4e-3, 50, STEPS, 3e-5)
     return Forcing(
         model=load_config(MODEL),
         adapters=None,
@@ -29,7 +29,7 @@ def config() -> Forcing:
         clip=1.0,
         average=0.995,
         average_from=50,
-        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="random",
+        data=DataConfig((Source((str(SHARDS),)),), batch=4, text_len=32, reference="first",
                         drop_text=0.1, drop_audio=0.05),
         steps=STEPS,
         save_every=250,

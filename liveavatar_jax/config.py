@@ -41,6 +41,7 @@ class DiTConfig:
     audio_tokens: int = 4  # learned tokens per latent frame, one padding token is added
     inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
     predicts: str = "velocity"  # what the head says; "offset": clean latents less those of the pose
+    places: tuple[int, int] | None = None  # rows and columns of patches that have an embedding each
     attention: str = "auto"  # "auto" | "chunked" | "cudnn" | "pallas"
     remat: str = "none"  # what a gradient keeps: "none" | "dots" | "full" | "offload"
     param_dtype: str = "bfloat16"

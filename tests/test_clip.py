@@ -151,6 +151,21 @@ def test_a_velocity_is_made_of_an_offset():
     np.testing.assert_allclose(made, want, rtol=1e-4, atol=1e-3)
 
 
+def test_places_are_told_apart():
+    """Tokens of a flat picture differ by where they are, in noise, and in the reference; and
+    frames do not."""
+    cfg = dataclasses.replace(CFG, places=(H // 2, W // 2))
+    model = random(lambda: CausalDiT(cfg, rngs=nnx.Rngs(0)))
+    flat = jnp.ones((1, 2, H, W, 16))
+    noise, (shown, _) = model.embed(flat, None), model.conditions(flat[:, :1], None)
+    np.testing.assert_array_equal(noise[0, 0], noise[0, 1])
+    for tokens in (noise[0, 0], shown[0]):
+        apart = tokens - tokens[:1]
+        place = model.place[...] - model.place[...][:1]
+        np.testing.assert_allclose(apart, place, atol=1e-5)
+    assert np.abs(place).max() > 0.05
+
+
 def test_a_window_hides_what_a_ring_has_forgotten():
     x, sigma = normal(9, 1, 6, H, W, 16), jnp.full((1, 6), 0.5)
     seen = lambda x: clip(dit(), x, x, sigma, 1, forced=False)

@@ -257,6 +257,11 @@ def test_focus_weighs_rows_and_columns(bell):
     np.testing.assert_allclose(loss, sum(map(float, each)) / np.sum(focus), rtol=1e-5)
     plain = DiffusionForcing(bell=bell)(zero, X, KEY, 3)[1]["flow_error"]
     np.testing.assert_allclose(metrics["flow_error"], plain, rtol=1e-6)
+    channels = tuple(tuple((1.0, 0.0, 2.0, 0.0, 1.0) for _ in range(4)) for _ in range(2))
+    loss, _ = DiffusionForcing(bell=False, focus=channels)(zero, X, KEY, 3)
+    apart = np.asarray(DiffusionForcing(bell=False)._draw(X, KEY, 3)[1] - X) ** 2
+    weights = np.array(channels[0][0]) / np.mean(channels[0][0])
+    np.testing.assert_allclose(loss, np.mean(apart * weights), rtol=1e-5)
     with pytest.raises(LiveAvatarError, match=r"focus weights \(2, 3\) rows and columns"):
         DiffusionForcing(focus=((1.0, 1.0, 1.0),) * 2)(zero, X, KEY, 3)
 

@@ -35,7 +35,7 @@ from tests.networks import random
 from train import distill, forcing
 from train.experiment import Adapters, Distill, Forcing, Schedule
 from train.metrics import Finite
-from train.networks import Frozen, initial
+from train.networks import Frozen, fresh, initial
 from train.state import accumulate, averaged, begin, learn
 
 SEVERAL_DEVICES = True  # for conftest
@@ -240,6 +240,25 @@ def test_the_gradient_of_parts_is_the_mean_of_theirs():
     plain = lambda batch, _: (jax.grad(lambda w: jnp.mean((w * batch["x"]) ** 2))(2.0), {})
     whole, parted = (accumulate(plain, batch, keys[:n])[0] for n in (1, 3))
     np.testing.assert_allclose(whole, parted, rtol=1e-6)  # where nothing is drawn
+
+
+def test_what_has_learnt_nothing_is_a_plain_transformer_with_a_silent_head():
+    """So with `predicts="offset"` it shows the portrait, standing still, at every level."""
+    cfg = dataclasses.replace(DIT, predicts="offset")
+    dit = fresh(cfg, 3)
+    assert not np.any(dit.head.out.kernel[...]) and not np.any(dit.time_proj.kernel[...])
+    gates = np.asarray(dit.blocks.modulation[...])
+    np.testing.assert_array_equal(gates[:, (2, 5)], 1.0)
+    np.testing.assert_array_equal(gates[:, (0, 1, 3, 4)], 0.0)
+    x, pose = (jnp.asarray(np.random.default_rng(i).standard_normal(
+        (1, n, 4, 4, cfg.latent_channels), np.float32)) for i, n in ((0, 3), (1, 1)))  # fmt: skip
+    for sigma in (0.3, 1.0):
+        said = dit.unpatchify(
+            dit.head(dit.embed(x, pose), dit.level(jnp.full((1, 3), sigma)).head), 4, 4
+        )
+        velocity = dit.velocity(said, x, pose, jnp.full((1, 3), sigma))
+        shown = np.broadcast_to(pose, x.shape)
+        np.testing.assert_allclose(x - sigma * velocity, shown, atol=1e-5)
 
 
 def test_a_gradient_of_the_base_is_never_made():

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from liveavatar_jax.config import StreamConfig
+from liveavatar_jax.config import DiTConfig, StreamConfig
 from liveavatar_jax.diffusion.losses import Discriminator
 from liveavatar_jax.models import lora
 from liveavatar_jax.models.clip import Condition, condition
 from liveavatar_jax.models.dit import CausalDiT
+from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.types import Array, Float, Key, struct
 from train.experiment import Distill, Forcing
 
@@ -33,6 +34,16 @@ def network(exp: Forcing, frozen: Frozen, params: Any) -> CausalDiT:
         return params
     assert frozen.base is not None
     return lora.attach(frozen.base, params, exp.adapters.scale)
+
+
+def fresh(cfg: DiTConfig, seed: int) -> CausalDiT:
+    """A network that has learnt nothing: at every noise level a plain transformer, whose head is
+    silent. Gates that are near zero, as random time embeddings make them, learn slowly."""
+    dit = CausalDiT(cfg, rngs=nnx.Rngs(seed))
+    known = leaves(dit)
+    still = {path: jnp.zeros_like(known[path]) for path in ("time_proj.kernel", "head.out.kernel")}
+    gates = known["blocks.modulation"].at[:, (2, 5)].set(1.0)
+    return replace(dit, known | still | {"blocks.modulation": gates})
 
 
 def initial(exp: Forcing, base: CausalDiT, key: Key[Array, ""]) -> Any:

@@ -35,8 +35,10 @@ import numpy as np
 from flax import nnx
 
 from liveavatar_jax.config import DiTConfig, MelConfig, ModelConfig, StreamConfig, VAEConfig
+from liveavatar_jax.diffusion.losses import Focus
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.paths import replace
+from liveavatar_jax.player import load as load_network
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
 from liveavatar_jax.weights.convert import TOKENIZER
@@ -61,18 +63,21 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
         dim=192, ffn_dim=768, heads=6, layers=4, freq_dim=128,
         latent_channels=vae.z_dim, text_dim=TEXT.dim, text_len=TEXT_LEN, audio_dim=width,
         audio_layers=layers, audio_tokens=4, inject_layers=(0, 1, 2), param_dtype="float32",
-        predicts="offset",
+        predicts="offset", places=(size // 16, size // 16),
     )  # fmt: skip
     stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", pose="sink",
                           dtype="float32")  # fmt: skip
     return ModelConfig(dit=dit, vae=vae, text=TEXT, stream=stream, mel=mel, size=size)
 
 
-def focus() -> tuple[tuple[float, ...], ...]:
-    """How much the cells of 8 x 8 latents count: where mouths are, four times."""
-    rows, columns = range(4, 7), range(2, 6)
-    return tuple(tuple(4.0 if y in rows and x in columns else 1.0 for x in range(8))
-                 for y in range(8))  # fmt: skip
+def focus() -> Focus:
+    """How much each latent counts: as much as it changes pixels, by the linear code of the VAE;
+    and where mouths are, four times that."""
+    cfg = checkpoint.load_config(MODEL)
+    kernel = np.asarray(load_network(MODEL, "vae", "float32").decoder.show.kernel[...])
+    weight = np.sum(kernel**2, axis=-1) * np.square(cfg.vae.latent_std)
+    weight[4:7, 2:6] *= 4.0
+    return tuple(tuple(tuple(map(float, x)) for x in row) for row in weight / weight.mean())
 
 
 # ---- the parts

@@ -4,8 +4,9 @@
 
 What `train.clips` would write as files and `liveavatar-jax encode` would read again is drawn and
 encoded here at once. References are the puppet at rest, as the portrait of a stream will be, and a
-frame of the clip, as the sink may become; the window has true frames before it. --model is a packed folder with the config,
-the VAE and the text encoder. A run that was stopped goes on at the shard that is missing.
+frame of the clip, as a sink may become; the window has true frames before it. --model is a packed
+folder with the config, the VAE and the text encoder. A run that was stopped goes on at the shard
+that is missing.
 """
 
 import argparse

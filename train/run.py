@@ -35,7 +35,7 @@ from train.checkpoints import Checkpoints
 from train.experiment import Distill, Forcing
 from train.export import read_lora
 from train.metrics import Watch, parse_profile
-from train.networks import Frozen, initial
+from train.networks import Frozen, fresh, initial
 from train.sample import decoded, sampled
 from train.signals import Stop, stopping
 
@@ -145,7 +145,7 @@ class Run:
         """The base on its devices: converted weights, or random ones of the seed."""
         exp = self.experiment
         if exp.weights is None:
-            make = lambda: CausalDiT(exp.model.dit, rngs=nnx.Rngs(exp.seed))
+            make = lambda: fresh(exp.model.dit, exp.seed)
             base = jax.jit(make, out_shardings=trained(jax.eval_shape(make), self.mesh))()
         else:
             base = self._stored(exp.weights, exp.model.dit.param_dtype)

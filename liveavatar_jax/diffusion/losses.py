@@ -32,6 +32,7 @@ from liveavatar_jax.types import Array, Float, Key, LiveAvatarError
 
 Clip = Float[Array, "b f h w c"]
 Metrics = dict[str, Float[Array, ""]]
+Focus = tuple[tuple[float | tuple[float, ...], ...], ...]
 
 
 # ---- what objectives may ask, and where they look
@@ -105,7 +106,8 @@ class DiffusionForcing(nnx.Module):
     """Flow matching with a noise level of its own for each block (arXiv 2407.01392).
 
     Levels are rows of the training schedule, drawn uniformly; `bell` weights them as published,
-    around the middle of the shifted timesteps. `focus` weights rows and columns of the latents.
+    around the middle of the shifted timesteps. `focus` weights rows and columns of the latents,
+    and channels where it has these.
     `clean` takes the error of the clean latents, which is that of the velocity times the level.
     """
 
@@ -115,7 +117,7 @@ class DiffusionForcing(nnx.Module):
         self,
         shift: float = 5.0,
         bell: bool = True,
-        focus: tuple[tuple[float, ...], ...] | None = None,
+        focus: Focus | None = None,
         clean: bool = False,
     ):
         self.shift, self.bell, self.focus, self.clean = shift, bell, focus, clean
@@ -136,14 +138,14 @@ class DiffusionForcing(nnx.Module):
             error = error * _over(levels, clean) ** 2
         seen = {"flow_error": jnp.mean(error)}
         if self.focus is not None:
-            focus = jnp.asarray(self.focus)
-            if focus.shape != clean.shape[2:4]:
+            focus = jnp.asarray(self.focus, jnp.float32)
+            if focus.shape not in (clean.shape[2:4], clean.shape[2:]):
                 raise LiveAvatarError(
                     f"focus weights {focus.shape} rows and columns of latents that have "
                     f"{clean.shape[2:4]}"
                 )
-            seen["focus_error"] = jnp.mean(error * _grid(focus))
             error = error * _grid(focus)
+            seen["focus_error"] = jnp.mean(error)
         error = jnp.mean(error, axis=(2, 3, 4))
         return jnp.mean(weight * error) if self.bell else jnp.mean(error), seen
 
@@ -167,7 +169,7 @@ class TeacherForcing(DiffusionForcing):
         self,
         shift: float = 5.0,
         bell: bool = True,
-        focus: tuple[tuple[float, ...], ...] | None = None,
+        focus: Focus | None = None,
         clean: bool = False,
         augment: float = 0.0,
     ):
@@ -360,9 +362,9 @@ def _distance(x: Clip, real: Clip) -> Float[Array, "b 1 1 1 1"]:
     return jnp.maximum(jnp.mean(jnp.abs(x - real), axis=(1, 2, 3, 4), keepdims=True), 1e-6)
 
 
-def _grid(focus: Float[Array, "h w"]) -> Float[Array, "1 1 h w 1"]:
+def _grid(focus: Float[Array, "h w *c"]) -> Float[Array, "1 1 h w #c"]:
     """Weights of mean 1."""
-    return (focus / jnp.mean(focus))[None, None, :, :, None]
+    return (focus / jnp.mean(focus)).reshape(1, 1, *focus.shape[:2], -1)
 
 
 def _over(value: Array, x: Array) -> Array:

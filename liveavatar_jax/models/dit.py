@@ -135,6 +135,8 @@ class CausalDiT(nnx.Module):
         self.time_in, self.time_out = linear(cfg.freq_dim), linear(dim)
         self.time_proj = linear(dim, 6 * dim)
         self.type_embedding = nnx.Param(jnp.zeros((3, dim), dtype))
+        if cfg.places is not None:
+            self.place = nnx.Param(jnp.zeros((cfg.places[0] * cfg.places[1], dim), dtype))
         self.packer = FramePacker(cfg, rngs=rngs)
         self.audio = AudioAdapter(cfg, rngs=rngs)
         self.blocks = stack(Block, cfg.layers)
@@ -298,7 +300,7 @@ class CausalDiT(nnx.Module):
     ) -> tuple[Float[Array, "b t dim"], Phase]:
         """Reference and packed motion as tokens, and their phases before the reference rolls."""
         kinds = self.type_embedding[...].astype(reference.dtype)[:, None, None]
-        x = self.patch(patchify(reference, PATCH)) + kinds[REFERENCE]
+        x = self.placed(self.patch(patchify(reference, PATCH))) + kinds[REFERENCE]
         if motion is not None:
             x = jnp.concatenate([x, self.packer(motion) + kinds[MOTION]], axis=1)
         turn = condition_phase(
@@ -321,7 +323,15 @@ class CausalDiT(nnx.Module):
             tokens = tokens + along_last(self.pose.bias[...], tokens)
         else:
             tokens = tokens + by_frame(self.pose(patchify(pose, PATCH)), pose.shape[1])
-        return tokens + along_last(self.type_embedding[...][NOISE], tokens)
+        return self.placed(tokens) + along_last(self.type_embedding[...][NOISE], tokens)
+
+    def placed(self, tokens: Float[Array, "*b p dim"]) -> Float[Array, "*b p dim"]:
+        """With where in the picture they are, for small networks: rotary phases tell attention
+        alone, and heads that are drawn are nearly aligned."""
+        if self.cfg.places is None:
+            return tokens
+        place = self.place[...].astype(tokens.dtype)
+        return tokens + place.reshape((1,) * (tokens.ndim - 2) + place.shape)
 
     def velocity(
         self,
