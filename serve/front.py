@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from liveavatar_jax.types import LiveAvatarError
-from serve import rtc
+from serve import jobs, marks, rtc
 from serve.auth import Auth, Bucket, Denied, Grant, bearer
 from serve.link import Link, engine
 from serve.metrics import Metrics
@@ -77,13 +77,14 @@ class Front:
         self.auth = Auth(settings.keys, settings.secret or None)
         command = engine(settings.command())
         workers = [functools.partial(Link, command) for _ in range(settings.workers)]
-        self.sessions = Sessions(workers, settings.limits, self.metrics)
-        self.rtc = rtc.Calls(settings)
+        mark = marks.badge if settings.badge else None
+        self.sessions = Sessions(workers, settings.limits, self.metrics, mark=mark)
+        self.rtc, self.jobs = rtc.Calls(settings), jobs.Jobs(settings)
         self.creating = Bucket(settings.rate, max(5.0, 5 * settings.rate))
         self.beat = time.monotonic()
 
     async def run(self) -> None:
-        await asyncio.gather(self.sessions.run(), self._beat())
+        await asyncio.gather(self.sessions.run(), self.jobs.run(), self._beat())
 
     async def _beat(self) -> None:
         """So that a hung event loop shows."""
@@ -136,19 +137,27 @@ class Front:
             "expires_at": round(time.time() + session.limits.longest),
         }
 
+    def portrait(self, name: str | None) -> bytes:
+        """The file of a portrait that is offered, the first one by default. Raises Problem."""
+        known = portraits()
+        name = name or next(iter(known))
+        if name not in known:
+            raise Problem(404, "no-such-portrait",
+                          f"there is no portrait {name[:64]!r}; see /v1/presets")  # fmt: skip
+        return known[name].read_bytes()
+
+    def takes_uploads(self, consent: Consent | None = None) -> None:
+        """Raises Problem where callers may not bring portraits, or not without consent."""
+        if not self.settings.takes_uploads:
+            raise Problem(403, "no-uploads", "this server takes no portraits of its callers")
+        if self.settings.consent and consent is None:
+            raise Problem(403, "no-consent", "say in avatar.consent who agreed to this portrait")
+
     def _face(self, face: Face) -> bytes:
         """The file of a portrait. Raises Problem."""
         if face.image is None:
-            known = portraits()
-            name = face.id or next(iter(known))
-            if name not in known:
-                raise Problem(404, "no-such-portrait",
-                              f"there is no portrait {name[:64]!r}; see /v1/presets")  # fmt: skip
-            return known[name].read_bytes()
-        if not self.settings.takes_uploads:
-            raise Problem(403, "no-uploads", "this server takes no portraits of its callers")
-        if self.settings.consent and face.consent is None:
-            raise Problem(403, "no-consent", "say in avatar.consent who agreed to this portrait")
+            return self.portrait(face.id)
+        self.takes_uploads(face.consent)
         try:
             return base64.b64decode(face.image.partition("base64,")[2] or face.image, validate=True)
         except (binascii.Error, ValueError):
@@ -387,6 +396,11 @@ def _sessions(app: FastAPI, front: Front) -> None:
             await _cut(ws, code, error.kind, error.detail)
 
     rtc.routes(app, front.rtc, sessions, caller)
+
+    def backend(request: Request) -> Grant:
+        return auth.backend(request.headers.get("authorization"))
+
+    jobs.routes(app, front.jobs, front.takes_uploads, front.portrait, backend)
 
 
 async def _admitted(ws: WebSocket, auth: Auth, offered: list[str]) -> Grant:

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from liveavatar_jax.data.image import fit_portrait
 from liveavatar_jax.types import LiveAvatarError
@@ -17,9 +17,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 FRAGMENT = 240_000  # microseconds of a piece of MP4
 
 
-def portrait(data: bytes, ready: Ready) -> np.ndarray:
-    """A portrait of unknown origin in the model's size, uint8 [H, W, 3]. The size it claims is
-    refused before it is decoded, and what decodes to something else fails.
+def checked(data: bytes, least: tuple[int, int] = (1024, 1024)) -> np.ndarray:
+    """A picture of unknown origin, uint8 [h, w, 3]. The size that it claims is looked at before
+    anything is decoded. A JPEG far above `least` rows and columns is decoded smaller.
 
     Raises LiveAvatarError for what is no picture, or too large.
     """
@@ -36,13 +36,19 @@ def portrait(data: bytes, ready: Ready) -> np.ndarray:
                 raise LiveAvatarError(
                     f"the portrait has {width} x {height} pixels; crop it around the face"
                 )
-            image.draft("RGB", (2 * ready.width, 2 * ready.height))
-            picture = np.asarray(image.convert("RGB"))
+            image.draft("RGB", (2 * least[1], 2 * least[0]))
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert("RGB"))
     except LiveAvatarError:
         raise
     except Exception:  # Pillow's plugins raise anything on damaged files
         raise LiveAvatarError("the portrait is no JPEG, PNG or WebP, or is damaged") from None
-    return fit_portrait(picture, (ready.height, ready.width), above=0.25)
+
+
+def portrait(data: bytes, ready: Ready) -> np.ndarray:
+    """A portrait of unknown origin in the model's size. Raises LiveAvatarError as `checked`."""
+    size = (ready.height, ready.width)
+    return fit_portrait(checked(data, size), size, above=0.25)
 
 
 def jpeg(frame: np.ndarray, quality: int = 88) -> bytes:

@@ -43,6 +43,8 @@ OPENING = 20.0  # seconds that an engine may take to open a session
 WARNING = 30.0  # seconds before the end that `session.expiring` comes
 MARGIN = (0.16, 0.8)  # seconds before the picture runs out that silence is asked for, within
 
+Mark = Callable[[np.ndarray], np.ndarray]  # what is drawn into each frame
+
 # reason: (WebSocket close code, whether to try again)
 REASONS = {
     "done": (1000, False),
@@ -106,8 +108,9 @@ class Session:
 
     def __init__(
         self, worker: Worker, ready: Ready, limits: Limits, metrics: Metrics, clock: Clock,
-        *, live: bool, freeze: bool,
+        *, live: bool, freeze: bool, mark: Mark | None = None,
     ):  # fmt: skip
+        self._mark = mark
         self.id = secrets.token_urlsafe(9)
         self.worker, self.ready, self.limits, self.metrics = worker, ready, limits, metrics
         self.timeline = Timeline(
@@ -218,6 +221,8 @@ class Session:
         self.worker.link.send(Hear(self.id, self.timeline.epoch, samples))
 
     def _show(self, shown: Shown) -> None:
+        if self._mark is not None:
+            shown = dataclasses.replace(shown, frame=self._mark(shown.frame))
         if not self._shown:
             self.metrics.first_frame.observe(self._clock.now() - self.begun)
         self._shown += 1
@@ -314,9 +319,9 @@ class Sessions:
 
     def __init__(
         self, workers: Sequence[Callable[[Any, Any], Link]], limits: Limits, metrics: Metrics,
-        clock: Clock | None = None,
+        clock: Clock | None = None, mark: Mark | None = None,
     ):  # fmt: skip
-        self.limits, self.metrics = limits, metrics
+        self.limits, self.metrics, self._mark = limits, metrics, mark
         self.clock: Clock = clock or RealClock()
         self.all: dict[str, Session] = {}
         self.draining = False
@@ -363,7 +368,8 @@ class Sessions:
             self._refuse("no-free-slot", 429, "all places are taken; try again later", 10.0)
         assert worker.ready is not None
         session = Session(
-            worker, worker.ready, self.limits, self.metrics, self.clock, live=live, freeze=freeze
+            worker, worker.ready, self.limits, self.metrics, self.clock, live=live, freeze=freeze,
+            mark=self._mark,
         )
         self.all[session.id] = session
         worker.held.add(session.id)  # before anything waits: nobody else gets this place

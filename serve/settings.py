@@ -34,6 +34,8 @@ class Settings:
     uploads: str = "auto"  # portraits of callers: yes, no, or on loopback alone
     consent: bool = False  # uploads need a consent record
     badge: bool = False  # "AI" in a corner of every frame
+    certificate: str = ""  # PEM chain that signs files (C2PA), and its ES256 key
+    certificate_key: str = ""
     max_body: int = 16_000_000  # bytes of a request
     rate: float = 2.0  # sessions that an address may create a second
     drain: float = 30.0  # seconds for who is there, on the way down
@@ -59,6 +61,8 @@ class Settings:
         for name in ("longest", "idle", "grace", "rate", "drain"):
             if not getattr(self, name) > 0:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0")
+        if bool(self.certificate) != bool(self.certificate_key):
+            raise LiveAvatarError("certificate and certificate_key go together; set both")
         if not 0 <= self.port < 65536:
             raise LiveAvatarError(f"port = {self.port} must lie in 0..65535")
         if not self.keys and not self.loopback:

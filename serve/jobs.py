@@ -1,0 +1,281 @@
+"""Offline videos, in the shape of OpenAI's `/v1/videos`: a portrait and a recording in, a file
+out. One job runs at a time, beside the live sessions and at lower priority; each is a folder, so
+a server that starts again goes on with what was queued or cut off.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from fastapi import Depends, FastAPI, File, Form, Response, UploadFile
+from fastapi.responses import FileResponse
+from PIL import Image
+
+from liveavatar_jax.data.audio import read_audio
+from liveavatar_jax.types import LiveAvatarError
+from serve import marks
+from serve.pictures import checked
+from serve.sessions import Problem
+from serve.wire import RATE
+
+if TYPE_CHECKING:
+    from serve.settings import Settings
+
+log = logging.getLogger("serve.jobs")
+
+LONGEST = 600  # seconds of a recording
+KEPT = 24 * 3600.0  # seconds that a finished job stays
+WAITING = 32  # jobs
+NAME = re.compile(r"video_[A-Za-z0-9_-]{12}")
+
+
+@dataclasses.dataclass
+class Job:
+    """As callers see it; kept as job.json beside the job's files."""
+
+    id: str
+    prompt: str
+    seconds: str
+    created_at: int
+    status: str = "queued"  # in_progress, completed, failed
+    progress: int = 0
+    completed_at: int | None = None
+    expires_at: int | None = None
+    error: dict[str, str] | None = None
+    size: str = ""
+    model: str = ""
+    seed: int = 0
+    object: str = "video"
+
+
+class Jobs:
+    """The queue and its worker."""
+
+    def __init__(self, settings: "Settings"):
+        self._settings = settings
+        self.folder = Path(settings.jobs or tempfile.mkdtemp(prefix="avatar-jobs-"))
+        self._passing = not settings.jobs
+        self._all: dict[str, Job] = {}
+        self._more = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._running: str | None = None
+
+    # ---- what callers do
+
+    def add(self, portrait: bytes, recording: bytes, prompt: str, seed: int) -> Job:
+        """Raises LiveAvatarError for what is no portrait or no recording, Problem when full."""
+        if sum(job.status in ("queued", "in_progress") for job in self._all.values()) >= WAITING:
+            raise Problem(429, "queue-full", f"{WAITING} videos are waiting already", 60.0)
+        picture = checked(portrait)
+        name = f"video_{secrets.token_urlsafe(9)}"
+        at = self.folder / name
+        try:
+            at.mkdir(parents=True, mode=0o700)
+            Image.fromarray(picture).save(at / "portrait.png")
+            (at / "recording").write_bytes(recording)
+            job = Job(name, prompt, f"{_seconds(at / 'recording'):.2f}", round(time.time()),
+                      seed=seed, model=Path(self._settings.weights or "puppet").name)  # fmt: skip
+            self._keep(job)
+        except OSError as error:
+            shutil.rmtree(at, ignore_errors=True)
+            detail = f"jobs cannot be kept: {str(error.strerror).lower()}"
+            raise Problem(507, "no-space", detail, 60.0) from None
+        except LiveAvatarError as error:
+            shutil.rmtree(at, ignore_errors=True)
+            raise LiveAvatarError(_said(str(error))) from None
+        self._all[name] = job
+        self._more.set()
+        return job
+
+    def list(self) -> list[Job]:
+        return sorted(self._all.values(), key=lambda job: -job.created_at)
+
+    def get(self, name: str) -> Job:
+        """Raises Problem when there is none of that id."""
+        if name not in self._all:
+            raise Problem(404, "no-such-video", "there is no video of this id")
+        return self._all[name]
+
+    def file(self, name: str) -> Path:
+        """Raises Problem until it is complete."""
+        job = self.get(name)
+        if job.status != "completed":
+            raise Problem(409, "not-completed", f"this video is {job.status.replace('_', ' ')}", 2.0)
+        return self.folder / name / "video.mp4"
+
+    async def remove(self, name: str) -> None:
+        self.get(name)
+        if self._running == name and self._process is not None:
+            _kill(self._process)
+        del self._all[name]
+        await asyncio.to_thread(shutil.rmtree, self.folder / name, ignore_errors=True)
+
+    # ---- the worker
+
+    async def run(self) -> None:
+        """One job after another, until cancelled."""
+        await asyncio.to_thread(self._find)
+        try:
+            while True:
+                self._forget()
+                queued = [job for job in self._all.values() if job.status == "queued"]
+                if queued:
+                    await self._make(min(queued, key=lambda job: job.created_at))
+                    continue
+                self._more.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._more.wait(), 60.0)
+        finally:
+            if self._process is not None:
+                _kill(self._process)
+            if self._passing:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _make(self, job: Job) -> None:
+        job.status, self._running, at = "in_progress", job.id, self.folder / job.id
+        words = ["generate", "--image", at / "portrait.png", "--audio", at / "recording",
+                 "--prompt", job.prompt, "--seed", job.seed, "--out", at / "draft.mp4"]  # fmt: skip
+        settings = self._settings
+        words += ["--weights", settings.weights] if settings.weights else []
+        words += ["--device", settings.device] if settings.device else []
+        command = [sys.executable, "-m", "liveavatar_jax.cli", *map(str, words)]
+        self._process = process = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            start_new_session=True, preexec_fn=lambda: os.nice(10),
+        )  # fmt: skip
+        assert process.stderr is not None
+        tail = b""
+        while piece := await process.stderr.read(4096):
+            tail = (tail + piece)[-4000:]
+            if shares := re.findall(rb"(\d+)%\|", tail):
+                job.progress = min(99, int(shares[-1]))
+        code = await process.wait()
+        self._process = self._running = None
+        if job.id not in self._all:
+            return  # removed meanwhile
+        try:
+            if code:
+                last = tail.decode("utf-8", "replace").strip().splitlines()
+                raise LiveAvatarError(_said(last[-1]) if last else f"it ended with {code}")
+            signed = [self._settings.certificate, self._settings.certificate_key]
+            if all(signed):
+                await asyncio.to_thread(marks.sign, at / "draft.mp4", *map(Path, signed))
+            os.replace(at / "draft.mp4", at / "video.mp4")
+            job.status, job.progress, job.size = "completed", 100, _size(at / "video.mp4")
+        except LiveAvatarError as error:
+            job.status, job.error = "failed", {"code": "failed", "message": str(error)[:500]}
+        job.completed_at, job.expires_at = round(time.time()), round(time.time() + KEPT)
+        for name in ("portrait.png", "recording", "draft.mp4"):  # no face and no voice is kept
+            (at / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._keep(job)
+        log.info("video", extra={"about": {"status": job.status, "seconds": job.seconds}})
+
+    def _keep(self, job: Job) -> None:
+        at = self.folder / job.id / "job.json"
+        draft = at.with_suffix(".part")
+        draft.write_text(json.dumps(dataclasses.asdict(job)))
+        os.replace(draft, at)
+
+    def _find(self) -> None:
+        """Jobs of a server before this one; what was cut off begins anew."""
+        for path in self.folder.glob("video_*/job.json"):
+            try:
+                job = Job(**json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError):
+                continue
+            if NAME.fullmatch(job.id) and job.id == path.parent.name:
+                if job.status == "in_progress":
+                    job.status, job.progress = "queued", 0
+                self._all[job.id] = job
+
+    def _forget(self) -> None:
+        for job in list(self._all.values()):
+            if job.expires_at is not None and job.expires_at < time.time():
+                del self._all[job.id]
+                shutil.rmtree(self.folder / job.id, ignore_errors=True)
+
+
+def _seconds(recording: Path) -> float:
+    """Of a recording; a bomb is noticed while it is read. Raises LiveAvatarError."""
+    samples = 0
+    for piece in read_audio(recording):
+        samples += len(piece)
+        if samples > LONGEST * RATE:
+            raise LiveAvatarError(f"the recording is longer than {LONGEST} s")
+        if not np.isfinite(piece).all():
+            raise LiveAvatarError("the recording has samples that are no numbers")
+    return samples / RATE
+
+
+def _said(line: str) -> str:
+    """The sentence of a command that refuses, without the paths of this machine."""
+    line = re.sub(r"^\w+: ", "", line)
+    return re.sub(r"/\S+/(portrait\.png|recording|draft\.mp4)", r"\1", line)
+
+
+def _size(video: Path) -> str:
+    import av
+
+    with av.open(str(video)) as file:
+        stream = file.streams.video[0]
+        return f"{stream.width}x{stream.height}"
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def routes(
+    app: FastAPI, jobs: Jobs, takes: Callable[[], None], face: Callable[[str], bytes],
+    backend: Callable[..., Any],
+) -> None:  # fmt: skip
+    """takes: raises Problem where callers may not bring portraits. face: a portrait by name."""
+    key = [Depends(backend)]
+
+    @app.post("/v1/videos", status_code=200, dependencies=key)
+    async def create(
+        audio: Annotated[UploadFile, File()],
+        input_reference: Annotated[UploadFile | None, File()] = None,
+        avatar: Annotated[str, Form(max_length=64)] = "",
+        prompt: Annotated[str, Form(min_length=1, max_length=2000)] = "A person speaks.",
+        seed: Annotated[int, Form(ge=0, lt=2**31)] = 0,
+    ) -> Job:
+        if input_reference is not None:
+            takes()
+            portrait = await input_reference.read()
+        else:
+            portrait = face(avatar)
+        return await asyncio.to_thread(jobs.add, portrait, await audio.read(), prompt, seed)
+
+    @app.get("/v1/videos", dependencies=key)
+    def show_all() -> dict[str, Any]:
+        return {"object": "list", "data": jobs.list()}
+
+    @app.get("/v1/videos/{name}", dependencies=key)
+    def show(name: str) -> Job:
+        return jobs.get(name)
+
+    @app.get("/v1/videos/{name}/content", dependencies=key)
+    def content(name: str) -> Response:
+        return FileResponse(jobs.file(name), media_type="video/mp4", filename=f"{name}.mp4")
+
+    @app.delete("/v1/videos/{name}", dependencies=key)
+    async def delete(name: str) -> dict[str, Any]:
+        await jobs.remove(name)
+        return {"id": name, "object": "video.deleted", "deleted": True}

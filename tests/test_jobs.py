@@ -1,0 +1,239 @@
+"""Offline videos and what says that they were made."""
+
+import asyncio
+import contextlib
+import datetime
+import io
+import wave
+from pathlib import Path
+
+import av
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+from liveavatar_jax.types import LiveAvatarError
+from serve import front, jobs, marks
+from serve.jobs import Jobs
+from serve.settings import Settings
+
+
+def sound(seconds: float, rate: int = 16_000) -> bytes:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        tone = 6000 * np.sin(np.arange(int(seconds * rate)) * 0.1)
+        file.writeframes(tone.astype("<i2").tobytes())
+    return out.getvalue()
+
+
+def picture(width: int = 64, height: int = 64) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 150, 120)).save(out, "PNG")
+    return out.getvalue()
+
+
+@contextlib.asynccontextmanager
+async def client(settings: Settings):
+    """Against the routes, with the job worker running but no engine."""
+    app = front.make(settings)
+    task = asyncio.create_task(app.state.front.jobs.run())
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://here") as known:
+        yield known
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def finished(known: httpx.AsyncClient, name: str) -> dict:
+    for _ in range(1200):
+        job = (await known.get(f"/v1/videos/{name}")).json()
+        if job["status"] in ("completed", "failed"):
+            return job
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"not finished: {job}")
+
+
+def test_a_portrait_and_a_recording_become_a_video(tmp_path):
+    async def run() -> None:
+        async with client(Settings(engine="mock", jobs=str(tmp_path))) as known:
+            files = {"audio": ("a.wav", sound(0.6)), "input_reference": ("p.png", picture())}
+            asked = await known.post("/v1/videos", files=files, data={"prompt": "Someone smiles."})
+            assert asked.status_code == 200, asked.text
+            job = asked.json()
+            assert (job["object"], job["status"], job["seconds"]) == ("video", "queued", "0.60")
+            early = await known.get(f"/v1/videos/{job['id']}/content")
+            assert (early.status_code, early.json()["retryable"]) == (409, True)
+            done = await finished(known, job["id"])
+            assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+            video = await known.get(f"/v1/videos/{job['id']}/content")
+            assert video.headers["content-type"] == "video/mp4"
+            with av.open(io.BytesIO(video.content)) as file:
+                assert sum(1 for _ in file.decode(video=0)) == 15
+            # no face and no voice is kept
+            kept = {path.name for path in (tmp_path / job["id"]).iterdir()}
+            assert kept == {"job.json", "video.mp4"}
+            assert [x["id"] for x in (await known.get("/v1/videos")).json()["data"]] == [job["id"]]
+            gone = await known.delete(f"/v1/videos/{job['id']}")
+            assert gone.json()["deleted"] and not (tmp_path / job["id"]).exists()
+            assert (await known.get(f"/v1/videos/{job['id']}")).status_code == 404
+
+    asyncio.run(run())
+
+
+def test_what_is_no_portrait_or_no_recording_is_refused_and_leaves_nothing(tmp_path):
+    async def run() -> None:
+        async with client(Settings(engine="mock", jobs=str(tmp_path))) as known:
+            for audio, face, words in [
+                (b"noise", picture(), "audio"),
+                (sound(0.0), picture(), "the audio file recording holds no sound"),
+                (sound(0.5), b"\x89PNG\r\n", "portrait"),
+                (sound(0.5), picture(4000, 20), "crop"),
+            ]:
+                files = {"audio": ("a.wav", audio), "input_reference": ("p.png", face)}
+                answer = await known.post("/v1/videos", files=files)
+                assert answer.status_code == 400, answer.text
+                assert words in answer.json()["detail"]
+            missing = await known.post("/v1/videos", files={"audio": ("a", sound(0.5))},
+                                       data={"avatar": "nobody"})  # fmt: skip
+            assert missing.status_code == 404
+            assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(run())
+
+
+def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
+    from serve import pictures
+
+    given = picture()
+    monkeypatch.setattr(pictures, "PIXELS", 1000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(LiveAvatarError, match="at most 1000"):
+        pictures.checked(given)
+
+
+def test_a_long_recording_is_noticed_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "LONGEST", 1)
+    with pytest.raises(LiveAvatarError, match="longer than 1 s"):
+        Jobs(Settings(engine="mock", jobs=str(tmp_path))).add(picture(), sound(2.0), "x", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_starts_again_goes_on_with_its_jobs(tmp_path):
+    async def run() -> None:
+        before = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
+        job = before.add(picture(), sound(0.4), "Someone speaks.", 3)
+        job.status, job.progress = "in_progress", 40  # and then the power fails
+        before._keep(job)
+        async with client(Settings(engine="mock", jobs=str(tmp_path))) as known:
+            assert (await finished(known, job.id))["status"] == "completed"
+
+    asyncio.run(run())
+
+
+def test_a_full_disk_fails_one_job_in_one_sentence(tmp_path, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    known, given = Jobs(Settings(engine="mock", jobs=str(tmp_path))), picture()
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(jobs.Problem, match="no space left on device") as caught:
+        known.add(given, sound(0.4), "x", 0)
+    assert caught.value.status == 507
+    assert list(tmp_path.iterdir()) == [] and known.list() == []
+
+
+# ---- marks
+
+
+def chain(folder: Path) -> tuple[Path, Path]:
+    """A certificate that may sign content, of an authority of its own, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([
+        x509.NameAttribute(NameOID.COMMON_NAME, name),
+        x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Tests"),
+    ]) for name in ("Test authority", "Test operator")]  # fmt: skip
+    now = datetime.datetime.now(datetime.UTC)
+    made = []
+    for own, authority in ((0, True), (1, False)):
+        usage = x509.KeyUsage(not authority, False, False, False, False, authority, authority,
+                              False, False)  # fmt: skip
+        building = (
+            x509.CertificateBuilder()
+            .subject_name(names[own])
+            .issuer_name(names[0])
+            .public_key(keys[own].public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=30))
+            .add_extension(x509.BasicConstraints(authority, None), True)
+            .add_extension(usage, True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(keys[own].public_key()), False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key()), False
+            )
+        )
+        if not authority:
+            emails = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
+            building = building.add_extension(emails, True)
+        made.append(building.sign(keys[0], hashes.SHA256()))
+    pem = serialization.Encoding.PEM
+    certificate, key = folder / "chain.pem", folder / "key.pem"
+    certificate.write_bytes(made[1].public_bytes(pem) + made[0].public_bytes(pem))
+    key.write_bytes(keys[1].private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ))  # fmt: skip
+    return certificate, key
+
+
+def test_a_file_says_that_a_model_made_it(tmp_path):
+    c2pa = pytest.importorskip("c2pa")
+    from liveavatar_jax.data.video import VideoWriter
+
+    path, certificate = tmp_path / "a.mp4", chain(tmp_path)
+    with VideoWriter(path, (64, 64)) as video:
+        video.write(np.zeros((5, 64, 64, 3), np.uint8))
+    marks.sign(path, *certificate)
+    with c2pa.Reader(str(path)) as reader:
+        said = reader.json()
+    assert "trainedAlgorithmicMedia" in said and "c2pa.created" in said
+    assert "mismatch" not in said.lower()
+    with av.open(str(path)) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 5
+    changed = bytearray(path.read_bytes())
+    changed[-20] ^= 0xFF
+    path.write_bytes(changed)
+    with c2pa.Reader(str(path)) as reader:
+        assert "mismatch" in reader.json().lower()
+
+
+def test_a_bad_certificate_is_named_and_leaves_the_file(tmp_path):
+    pytest.importorskip("c2pa")
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"film")
+    bad = tmp_path / "bad.pem"
+    bad.write_text("no certificate")
+    with pytest.raises(LiveAvatarError, match=r"bad\.pem"):
+        marks.sign(path, bad, bad)
+    assert path.read_bytes() == b"film"
+
+
+@pytest.mark.parametrize("side", [64, 256, 720])
+def test_a_badge_is_in_the_corner_and_the_frame_is_left_alone(side):
+    frame = np.full((side, side, 3), 99, np.uint8)
+    marked = marks.badge(frame)
+    assert (frame == 99).all() and marked.shape == frame.shape
+    changed = np.any(marked != frame, axis=-1)
+    assert changed[side * 9 // 10 :, side * 3 // 4 :].any()
+    assert not changed[: side * 3 // 4].any() and not changed[:, : side * 3 // 4].any()
+    assert marked.max() > 180 and marked.min() < 60
