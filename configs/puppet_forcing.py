@@ -13,19 +13,19 @@ from liveavatar_jax.data.clips import DataConfig, Source
 from liveavatar_jax.diffusion.losses import DiffusionForcing
 from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
-from train.preset import MODEL, OUT, SHARDS, focus
+from train.preset import MODEL, OUT, SHARDS, adam, focus
 
-STEPS = 3400
+STEPS = 4200
 
 
 def config() -> Forcing:
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1.8e-3, 50, STEPS, 3e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1.2e-3, 30, STEPS, 2e-5)
     return Forcing(
         model=load_config(MODEL),
         start=str(OUT / "teacher_model"),
         adapters=None,
-        objective=DiffusionForcing(shift=2.0, bell=False, focus=focus(), clean=True),
-        optimiser=optax.adam(rate, 0.9, 0.98),
+        objective=DiffusionForcing(shift=4.0, bell=False, focus=focus(), clean=True),
+        optimiser=adam(rate),
         motion="still",
         scaffold=False,
         positions=3000,

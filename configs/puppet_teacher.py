@@ -12,7 +12,7 @@ from liveavatar_jax.data.clips import DataConfig, Source
 from liveavatar_jax.diffusion.losses import FlowMatching
 from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
-from train.preset import MODEL, SHARDS, focus
+from train.preset import MODEL, SHARDS, adam, focus
 
 STEPS = 2500
 
@@ -22,8 +22,8 @@ def config() -> Forcing:
     return Forcing(
         model=load_config(MODEL),
         adapters=None,
-        objective=FlowMatching(shift=2.0, bell=False, focus=focus(), clean=True),
-        optimiser=optax.adam(rate, 0.9, 0.98),
+        objective=FlowMatching(shift=4.0, bell=False, focus=focus(), clean=True),
+        optimiser=adam(rate),
         motion="still",
         scaffold=False,
         clip=1.0,

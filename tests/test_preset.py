@@ -1,17 +1,20 @@
 """The puppet preset: what its parts are, and that they fit each other."""
 
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from liveavatar_jax import cli
+from liveavatar_jax import cli, player
 from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.data.audio import load_audio
 from liveavatar_jax.metrics import sync
 from liveavatar_jax.metrics.readers import READERS, Readers
 from liveavatar_jax.models.audio import PAST
+from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.protocol import frames_of
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
@@ -67,13 +70,14 @@ def test_its_stages_follow_each_other(tmp_path, monkeypatch):
     with pytest.raises(LiveAvatarError):
         load(CONFIGS / "puppet_teacher.py", (Forcing,))
     packed.pack(preset.MODEL, model(), {})
+    shutil.copy(packed.file_of(preset.SHIPPED, "vae"), preset.MODEL)  # its code weighs latents
     kinds = {"teacher": Forcing, "forcing": Forcing, "distill": Distill}
     stages = {name: load(CONFIGS / f"puppet_{name}.py", (kind,)) for name, kind in kinds.items()}
     assert all(stage.model == model() for stage in stages.values())
     assert not stages["teacher"].objective.causal and stages["forcing"].objective.causal
     assert stages["forcing"].start == stages["distill"].weights
     focus = np.array(stages["teacher"].objective.focus)
-    assert focus.shape == (VAE.size // 8,) * 2
+    assert focus.shape == (*VAE.vae.grid, VAE.vae.z_dim)
 
 
 def test_a_vae_that_is_not_done_is_not_built_upon(tmp_path, monkeypatch):
@@ -83,3 +87,33 @@ def test_a_vae_that_is_not_done_is_not_built_upon(tmp_path, monkeypatch):
     monkeypatch.setattr(preset.export, "weights", lambda *_: (250, {}))
     with pytest.raises(LiveAvatarError, match=rf"is at step 250 of {VAE.steps}; let it finish"):
         preset.make_model()
+
+
+def test_what_hears_learns_slowly():
+    """Its inputs are many and far from centred; all else goes at the full rate."""
+    rate, optimiser = 1e-2, preset.adam(1e-2)
+    params = checkpoint.abstract(model(), "dit")
+    params = replace(params, {path: jnp.ones(x.shape) for path, x in leaves(params).items()})
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the count
+        steps, _ = optimiser.update(params, optimiser.init(params))
+    moved = {path: float(np.max(np.abs(x))) for path, x in leaves(steps).items()}
+    slow = {path for path, most in moved.items() if most < rate / 2}
+    assert slow == {f"audio.conv1_{part}.{leaf}" for part in ("local", "global")
+                    for leaf in ("kernel", "bias")}  # fmt: skip
+    np.testing.assert_allclose(moved["audio.conv1_local.kernel"], 0.05 * rate, rtol=1e-3)
+    np.testing.assert_allclose(moved["audio.conv2.kernel"], rate, rtol=1e-3)
+
+
+def test_latents_count_by_the_pixels_they_change(monkeypatch):
+    """Of the shipped coder: rows, columns and channels; more around mouths."""
+    monkeypatch.setattr(preset, "MODEL", preset.SHIPPED)
+    weight = np.array(preset.focus())
+    vae = player.load(preset.SHIPPED, "vae", "float32")
+    assert weight.shape == (*vae.cfg.grid, vae.cfg.z_dim)
+    np.testing.assert_allclose(weight.mean(), 1.0, rtol=1e-5)
+    changed = np.sum(np.asarray(vae.decoder.show.kernel[...])[0, 3, :4] ** 2, axis=1)
+    spread = np.square(vae.cfg.latent_std[:4])
+    np.testing.assert_allclose(weight[0, 3, :4] / weight[0, 3, 0],
+                               changed * spread / (changed * spread)[0], rtol=1e-4)  # fmt: skip
+    by_place = weight.sum(-1)
+    assert by_place[5, 3] > 20 * by_place[0, 3] and by_place[4, 2] > 2 * by_place[0, 3]

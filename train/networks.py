@@ -38,10 +38,13 @@ def network(exp: Forcing, frozen: Frozen, params: Any) -> CausalDiT:
 
 def fresh(cfg: DiTConfig, seed: int) -> CausalDiT:
     """A network that has learnt nothing: at every noise level a plain transformer, whose head is
-    silent. Gates that are near zero, as random time embeddings make them, learn slowly."""
+    silent, and which hears nothing. Gates that are near zero, as random time embeddings make them,
+    learn slowly; and what random injectors say is only in the way, so networks learn to shut them
+    before they learn what to do with them."""
     dit = CausalDiT(cfg, rngs=nnx.Rngs(seed))
     known = leaves(dit)
-    still = {path: jnp.zeros_like(known[path]) for path in ("time_proj.kernel", "head.out.kernel")}
+    still = {path: jnp.zeros_like(known[path])
+             for path in ("time_proj.kernel", "head.out.kernel", "injectors.attn.o.kernel")}  # fmt: skip
     gates = known["blocks.modulation"].at[:, (2, 5)].set(1.0)
     return replace(dit, known | still | {"blocks.modulation": gates})
 
