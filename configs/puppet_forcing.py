@@ -15,7 +15,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, adam, focus
 
-STEPS = 4200
+STEPS = 3300
 
 
 def config() -> Forcing:

@@ -12,7 +12,7 @@ from liveavatar_jax.data.clips import DataConfig, Source
 from liveavatar_jax.diffusion.losses import FlowMatching
 from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
-from train.preset import MODEL, SHARDS, adam, focus
+from train.preset import MODEL, SHARDS, START, adam, focus
 
 STEPS = 2500
 
@@ -21,6 +21,7 @@ def config() -> Forcing:
     rate = optax.warmup_cosine_decay_schedule(0.0, 2.4e-3, 50, STEPS, 3e-5)
     return Forcing(
         model=load_config(MODEL),
+        start=str(START),
         adapters=None,
         objective=FlowMatching(shift=4.0, bell=False, focus=focus(), clean=True),
         optimiser=adam(rate),

@@ -164,6 +164,12 @@ def test_places_are_told_apart():
         place = model.place[...] - model.place[...][:1]
         np.testing.assert_allclose(apart, place, atol=1e-5)
     assert np.abs(place).max() > 0.05
+    # and what the head says is scaled by place
+    offsets = dataclasses.replace(cfg, predicts="offset")
+    model = random(lambda: CausalDiT(offsets, rngs=nnx.Rngs(0)))
+    said, x, sigma = normal(3, 1, 2, H, W, 16), flat, jnp.full((1, 2), 0.5)
+    clean = x - 0.5 * model.velocity(said, x, None, sigma)
+    np.testing.assert_allclose(clean, said * model.spread[...][None, None], atol=1e-5)
 
 
 def test_a_window_hides_what_a_ring_has_forgotten():

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,36 @@ def test_what_hears_learns_slowly():
                     for leaf in ("kernel", "bias")}  # fmt: skip
     np.testing.assert_allclose(moved["audio.conv1_local.kernel"], 0.05 * rate, rtol=1e-3)
     np.testing.assert_allclose(moved["audio.conv2.kernel"], rate, rtol=1e-3)
+
+
+def test_it_begins_with_where_faces_move(tmp_path, monkeypatch):
+    """As the clips say, against their portraits; and it shows the portrait, standing still."""
+    monkeypatch.chdir(tmp_path)
+    cfg = model()
+    packed.pack(preset.MODEL, cfg, {})
+    for name in ("vae.safetensors", "text.safetensors", "spiece.model"):
+        shutil.copy(preset.SHIPPED / name, preset.MODEL)
+    rng = np.random.default_rng(0)
+    moves = np.linspace(0.0, 2.0, 8, dtype=np.float32)[:, None, None]  # from above to below
+
+    class Clips:
+        def __init__(self, *_):
+            pass
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            still = rng.standard_normal((1, 8, 8, 24)).astype(np.float16)
+            apart = moves * rng.standard_normal((21, 8, 8, 24)).astype(np.float32)
+            return SimpleNamespace(latents=(still + apart).astype(np.float16), references=still)
+
+    monkeypatch.setattr(preset, "Shards", Clips)
+    preset.make_start()
+    dit = player.load(preset.START, "dit", "float32")
+    spread = np.asarray(dit.spread[...])
+    np.testing.assert_allclose(spread.mean((1, 2)), np.minimum(moves[:, 0, 0], 1.0), atol=0.02)
+    assert not np.any(dit.head.out.kernel[...])
 
 
 def test_latents_count_by_the_pixels_they_change(monkeypatch):

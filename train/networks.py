@@ -43,8 +43,8 @@ def fresh(cfg: DiTConfig, seed: int) -> CausalDiT:
     before they learn what to do with them."""
     dit = CausalDiT(cfg, rngs=nnx.Rngs(seed))
     known = leaves(dit)
-    still = {path: jnp.zeros_like(known[path])
-             for path in ("time_proj.kernel", "head.out.kernel", "injectors.attn.o.kernel")}  # fmt: skip
+    silent = ("time_proj.kernel", "head.out.kernel", "injectors.attn.o.kernel")
+    still = {path: jnp.zeros_like(known[path]) for path in silent}
     gates = known["blocks.modulation"].at[:, (2, 5)].set(1.0)
     return replace(dit, known | still | {"blocks.modulation": gates})
 

@@ -6,6 +6,7 @@
     vae             configs/puppet_vae.py
     model           the config of all networks, with the spread of the VAE's latents
     shards          clips, drawn and encoded
+    start           a network that knows where faces move, and no more
     teacher         configs/puppet_teacher.py: both ways, many steps
     forcing         configs/puppet_forcing.py: stage 1
     distill         configs/puppet_distill.py: stage 2
@@ -36,6 +37,7 @@ import optax
 from flax import nnx
 
 from liveavatar_jax.config import DiTConfig, MelConfig, ModelConfig, StreamConfig, VAEConfig
+from liveavatar_jax.data.clips import Shards
 from liveavatar_jax.diffusion.losses import Focus
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.paths import leaves, replace
@@ -45,12 +47,14 @@ from liveavatar_jax.weights import checkpoint, packed
 from liveavatar_jax.weights.convert import TOKENIZER
 from train import autoencoder, export
 from train.experiment import Autoencoder
+from train.networks import fresh
 from train.run import load
 from train.text import TEXT, TEXT_LEN
 
 OUT, SIZE = Path("runs/puppet"), 64
 SHIPPED = packed.PRESETS / packed.PRESET
 MODEL, SHARDS, PRESET = OUT / "model", OUT / "shards", OUT / "preset"
+START = OUT / "start"
 CLIPS = 2000  # to train
 LATENTS = 21  # of a clip: 7 blocks
 MEASURED = 64  # puppets that the spread of latents is taken from
@@ -143,6 +147,18 @@ def _spread(exp: Autoencoder, vae: VAE) -> tuple[Any, Any]:
     return jnp.mean(latents, axis=(0, 1, 2, 3)), jnp.std(latents, axis=(0, 1, 2, 3))
 
 
+def make_start() -> None:
+    """A network that has learnt nothing but where pictures differ from portraits, and how much."""
+    cfg, shards = checkpoint.load_config(MODEL), Shards((str(SHARDS),), TEXT_LEN, 0.0)
+    apart = lambda clip: clip.latents.astype(np.float32) - clip.references[:1]
+    squares = [np.mean(apart(shards[i]) ** 2, axis=0) for i in range(min(300, len(shards)))]
+    dit = fresh(cfg.dit, seed=0)
+    spread = np.minimum(1.0, np.sqrt(np.mean(squares, axis=0)))
+    dit = replace(dit, leaves(dit) | {"spread": jnp.asarray(spread)})
+    _copy(MODEL, ("vae.safetensors", "text.safetensors", TOKENIZER), START)
+    packed.pack(START, cfg, {"dit": dit}, "float32")
+
+
 def pack_dit(run: Path, out: Path) -> Callable[[], None]:
     """The average of a run's student beside the other networks."""
 
@@ -182,6 +198,7 @@ def parts() -> dict[str, Callable[[], None]]:
         "model": make_model,
         "shards": command("train.puppets", "--model", MODEL, "--out", SHARDS, "--count",
                           str(CLIPS), "--latents", str(LATENTS)),
+        "start": make_start,
         "teacher": train("forcing", "teacher"),
         "pack teacher": pack_dit(OUT / "teacher", OUT / "teacher_model"),
         "forcing": train("forcing", "forcing"),

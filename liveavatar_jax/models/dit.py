@@ -136,7 +136,10 @@ class CausalDiT(nnx.Module):
         self.time_proj = linear(dim, 6 * dim)
         self.type_embedding = nnx.Param(jnp.zeros((3, dim), dtype))
         if cfg.places is not None:
-            self.place = nnx.Param(jnp.zeros((cfg.places[0] * cfg.places[1], dim), dtype))
+            rows, columns = cfg.places
+            self.place = nnx.Param(jnp.zeros((rows * columns, dim), dtype))
+            grid = (rows * PATCH[1], columns * PATCH[2], cfg.latent_channels)
+            self.spread = nnx.Param(jnp.ones(grid, dtype))
         self.packer = FramePacker(cfg, rngs=rngs)
         self.audio = AudioAdapter(cfg, rngs=rngs)
         self.blocks = stack(Block, cfg.layers)
@@ -342,11 +345,15 @@ class CausalDiT(nnx.Module):
     ) -> Float[Array, "b f h w c"]:
         """Of what the head says. A small network does better by the clean latents: these it can
         say, while noise has more dimensions than it has width (arXiv 2511.13720); and best by
-        how they differ from a picture of the same person, which is little where nothing moves."""
+        how they differ from a picture of the same person, which is little where nothing moves.
+        Where that is, `spread` says: a head after a norm says as much of all places."""
         if sigma is None:
             return said
         wide = lambda a: a.astype(jnp.float32)
-        apart = wide(x) - wide(said) - (0.0 if pose is None else wide(pose))
+        offset = wide(said)
+        if self.cfg.places is not None:
+            offset = offset * wide(self.spread[...])[None, None]
+        apart = wide(x) - offset - (0.0 if pose is None else wide(pose))
         return (apart / jnp.maximum(sigma, LEAST)[..., None, None, None]).astype(said.dtype)
 
     def unpatchify(self, x: Float[Array, "b f p k"], h: int, w: int) -> Float[Array, "b f h w c"]:
