@@ -257,8 +257,8 @@ class StreamConfig:
     # phase rolls along; a range is drawn; None: it never rolls
     audio_past: str = "repeat"  # "repeat" the block's first frame, or the "true" left context
     motion: bool = True  # motion frames (the portrait, standing still) beside the sink
-    pose: str = "none"  # what a block without a pose is shown as that: "none", or the "sink", so
-    # that small networks need not find it by attention
+    pose: str = "none"  # what a block without a pose is shown as that: "none", or the "portrait",
+    # so that small networks need not find it by attention
     dtype: str = "bfloat16"  # of latents, activations and caches
 
     def __post_init__(self):
@@ -274,8 +274,8 @@ class StreamConfig:
         insist(0 <= near <= far <= 30, self, "distance", "lie within 0..30, smaller end first")
         known = self.audio_past in ("repeat", "true")
         insist(known, self, "audio_past", 'be "repeat" or "true"')
-        known = self.pose in ("none", "sink")
-        insist(known, self, "pose", 'be "none" or "sink"')
+        known = self.pose in ("none", "portrait")
+        insist(known, self, "pose", 'be "none" or "portrait"')
         known = self.dtype in ("float32", "bfloat16")
         insist(known, self, "dtype", 'be "float32" or "bfloat16"')
 

@@ -80,6 +80,7 @@ class StreamState:
     text: KV  # "l b n t d", keys and values of the prompt
     motion: Float[Array, "b m h w c"] | None  # for the prefill with the adaptive sink
     first: Float[Array, "b 1 h w c"]  # our own first latent frame, the adaptive sink
+    portrait: Float[Array, "b 1 h w c"] | None  # where it stands in for a pose
     past: Float[Array, "b a F layers c"] | None  # speech features before the next block
     speakers: Float[Array, "b a 1 p"]  # where each speaker is heard
     decoder: FeatureCache | None  # None where another device decodes
@@ -169,6 +170,7 @@ def start(
         text=text,
         motion=motion,
         first=reference,
+        portrait=reference if cfg.pose == "portrait" else None,
         past=_no_past(dit, speakers, dtype) if cfg.audio_past == "true" else None,
         speakers=speakers[:, :, None].astype(dtype),
         decoder=portrait.decoder,
@@ -360,9 +362,7 @@ def forward(
     slot: int | Int[Array, ""],
     layout: Layout,
 ) -> tuple[Float[Array, "b f h w c"], KV]:
-    pose = flight.pose
-    if pose is None and model.cfg.pose == "sink":
-        pose = flight.first
+    pose = state.portrait if flight.pose is None else flight.pose
     return model.dit.denoise(
         flight.x,
         level,

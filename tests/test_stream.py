@@ -280,16 +280,19 @@ def test_a_sink_that_does_not_roll_is_left_behind():
         same(near, far)
 
 
-def test_the_sink_stands_in_for_a_pose():
-    """As a pose video in which it stands still would be."""
-    model, plain = avatar(pose="sink"), avatar()
-    state = started(model)
-    drawn = stream.draw(model, state)
-    shown = dataclasses.replace(chunk(0), pose=jnp.repeat(state.first, 3, axis=1))
-    _, x = denoise(model, state, drawn, chunk(0))
-    _, y = denoise(plain, state, drawn, shown)
-    close(x, y)
-    differ(x, denoise(plain, state, drawn, chunk(0))[1])
+def test_the_portrait_stands_in_for_a_pose():
+    """As a pose video in which it stands still would, also once the sink is our own frame."""
+    model, plain = avatar(pose="portrait", sink_after=1), avatar(sink_after=1)
+    state, other = started(model), started(plain)
+    assert other.portrait is None
+    for at in range(3):
+        drawn = stream.draw(model, state)
+        shown = dataclasses.replace(chunk(at), pose=jnp.repeat(state.portrait, 3, axis=1))
+        state, x = denoise(model, state, drawn, chunk(at))
+        _, z = denoise(plain, other, drawn, chunk(at))
+        other, y = denoise(plain, other, drawn, shown)
+        close(x, y)
+        differ(x, z)
 
 
 def test_two_speakers_are_heard_where_their_masks_are():

@@ -96,4 +96,4 @@ def conditioned(
 
 def posed(given: Condition, cfg: StreamConfig) -> Condition:
     """With what a stream shows where there is no pose."""
-    return dataclasses.replace(given, pose=given.reference) if cfg.pose == "sink" else given
+    return dataclasses.replace(given, pose=given.reference) if cfg.pose == "portrait" else given

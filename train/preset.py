@@ -70,7 +70,7 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
         audio_layers=layers, audio_tokens=4, inject_layers=(0, 1, 2), param_dtype="float32",
         predicts="offset", places=(size // 16, size // 16),
     )  # fmt: skip
-    stream = StreamConfig(shift=2.0, distance=(4, 12), audio_past="true", pose="sink",
+    stream = StreamConfig(shift=1.0, distance=(4, 12), audio_past="true", pose="portrait",
                           dtype="float32")  # fmt: skip
     return ModelConfig(dit=dit, vae=vae, text=TEXT, stream=stream, mel=mel, size=size)
 
