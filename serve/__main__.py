@@ -1,9 +1,11 @@
 """`python -m serve`: the server, from flags to the last session."""
 
+import asyncio
 import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from liveavatar_jax.types import LiveAvatarError
 from serve import front, settings
 
 MESSAGE = 1 << 20  # bytes of a WebSocket message
+GOODBYE = 2.0  # seconds in which those whose session ends are told why
 
 
 class Lines(logging.Formatter):
@@ -30,16 +33,35 @@ class Lines(logging.Formatter):
 
 
 class Server(uvicorn.Server):
-    """One that lets sessions finish: the first signal drains, the second one ends."""
+    """One that lets sessions finish: the first signal drains, the second one ends them.
 
-    def __init__(self, config: uvicorn.Config, drain: float):
-        super().__init__(config)
-        self._drain, self._front = drain, config.app.state.front  # type: ignore[union-attr]
+    Raises LiveAvatarError for settings that cannot be had.
+    """
+
+    def __init__(self, chosen: settings.Settings):
+        app = front.make(chosen)
+        super().__init__(uvicorn.Config(
+            app, chosen.host, chosen.port, log_config=None, ws_max_size=MESSAGE,
+            ws_per_message_deflate=False, timeout_graceful_shutdown=5,
+        ))  # fmt: skip
+        self._drain, self._front = chosen.drain, app.state.front
+        self._hurried = False
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit and not self._hurried:
+            self._hurried = True
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        if not self.force_exit:
-            seconds = self._drain if self._front.sessions.all else 0.0
-            await self._front.sessions.drain(seconds)
+        sessions = self._front.sessions
+        drain = asyncio.create_task(sessions.drain(self._drain if sessions.all else 0.0))
+        while not (drain.done() or self._hurried):
+            await asyncio.wait((drain,), timeout=0.1)
+        await sessions.drain(0.0)
+        end = time.monotonic() + GOODBYE
+        while self.server_state.tasks and time.monotonic() < end:
+            await asyncio.sleep(0.05)
         await super().shutdown(sockets)
 
 
@@ -51,16 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         chosen = settings.read(argv)
+        server = Server(chosen)
     except LiveAvatarError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
-    config = uvicorn.Config(
-        front.make(chosen), chosen.host, chosen.port, log_config=None, ws_max_size=MESSAGE,
-        timeout_graceful_shutdown=5,
-    )  # fmt: skip
     print(f"http://{chosen.host}:{chosen.port} (engine: {chosen.engine})", file=sys.stderr)
-    server = Server(config, chosen.drain)
-    signal.signal(signal.SIGTERM, server.handle_exit)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again at its end
+        signal.signal(number, server.handle_exit)
     server.run()
     return 0 if server.started else 2
 

@@ -58,11 +58,12 @@ class Auth:
         """A backend's key, or the token of a session. Raises Denied."""
         if token is None:
             raise Denied("no token; use the client_token that the session was created with")
-        if any(hmac.compare_digest(token.encode(), known.encode()) for known in self.keys):
+        given = token.encode("utf-8", "replace")
+        if any(hmac.compare_digest(given, known.encode()) for known in self.keys):
             return Grant()
         try:
             said = jwt.decode(
-                token, self._secret, [ALGORITHM], issuer=ISSUER,
+                given, self._secret, [ALGORITHM], issuer=ISSUER,
                 options={"require": ["exp", "sub", "role"]},
             )  # fmt: skip
         except jwt.ExpiredSignatureError:

@@ -6,7 +6,8 @@ heard; it is plain bookkeeping, knows no clock, and so can be driven through a d
 `publish` is the one clock: it takes a pair each 40 ms, and never faster.
 
 What the engine is told, ahead of what is shown:
-    speech that is there      as soon as it fills a block, but no more than `lookahead` blocks ahead
+    speech that is there      as soon as it fills a block, while no more than `lookahead` blocks are
+                              ahead of what is shown
     silence while nobody      just in time, `margin` before the picture runs out: so a new turn
     speaks                    waits for no queued silence
     speech that comes late    at the last moment what is there, and silence after it: the gap makes
@@ -26,7 +27,7 @@ from serve.wire import FPS, PER_FRAME, RATE, Block
 
 QUIET = 60  # of int16, RMS: what a live microphone may say without being somebody who speaks
 PIECE = RATE // 50  # of live sound that is dropped at once when it lags and is quiet
-LAG = RATE // 2  # of live sound that waits beyond a block, before quiet pieces are dropped
+LAG = RATE // 2  # of live sound that is behind by more than it must, before quiet is dropped
 LATE = 0.2  # seconds that the clock catches up with; more are a stall
 
 
@@ -48,19 +49,39 @@ class Shown:
 
 @dataclasses.dataclass
 class Span:
-    """Samples of an epoch in which somebody speaks; `end` grows until it is over."""
+    """Somebody speaks. pieces: where, [first, end) in the epoch, with gaps between; they grow until
+    it is over. source: the place of its first sample among all that came in."""
 
-    first: int
-    end: int
+    pieces: list[list[int]]
+    source: int
     over: bool = False
     begun: bool = False
+
+    @property
+    def first(self) -> int:
+        return self.pieces[0][0]
+
+    @property
+    def end(self) -> int:
+        return self.pieces[-1][1]
+
+    def add(self, first: int, end: int) -> None:
+        if first == self.end:
+            self.pieces[-1][1] = end
+        else:
+            self.pieces.append([first, end])
+
+    def seconds(self, played: int) -> float:
+        """Of speech, without gaps, that were shown when `played` samples were."""
+        return sum(max(0, min(played, end) - first) for first, end in self.pieces) / RATE
 
 
 class Timeline:
     """All counts are samples of the current epoch.
 
     live: a microphone, which goes on whether somebody speaks or not: quiet pieces are dropped when
-    it lags. freeze: the last frame stands while nobody speaks, and nothing is generated.
+    it lags. freeze: the last frame stands while nobody speaks; but for one block of silence, so
+    that there is a frame, nothing is generated.
     """
 
     def __init__(
@@ -84,14 +105,15 @@ class Timeline:
         self._begin()
 
     def _begin(self) -> None:
-        self.sent = self.made = self.played = 0
+        self.came = self.sent = self.made = self.played = 0
         self._waiting: collections.deque[np.ndarray] = collections.deque()
         self.waiting = 0
-        self._end_in: int | None = None  # samples that wait, up to the end of what is being said
+        self._ends: collections.deque[int] = collections.deque()  # of speeches that wait: samples
         self._heard: collections.deque[np.ndarray] = collections.deque()  # from `played` to `sent`
         self._frames: collections.deque[np.ndarray] = collections.deque()
         self._spans: collections.deque[Span] = collections.deque()
         self._speaking: Span | None = None
+        self._rested = 0  # what was shown when the picture last stood still as it should
 
     # ---- in
 
@@ -102,7 +124,7 @@ class Timeline:
                 f"{(self.waiting + len(samples)) / RATE:.0f} s of sound would wait; send no more "
                 f"than {self.limit / RATE:.0f} s ahead of what is played"
             )
-        if self.live and self.waiting > self._needed + LAG:
+        if self.live and self._behind > LAG:
             pieces = [samples[at : at + PIECE] for at in range(0, len(samples), PIECE)]
             loud = [piece for piece in pieces if _loudness(piece) > QUIET]
             kept = np.concatenate(loud) if loud else samples[:0]
@@ -111,20 +133,23 @@ class Timeline:
         if len(samples):
             self._waiting.append(samples)
             self.waiting += len(samples)
+            self.came += len(samples)
 
     def end(self) -> None:
-        """What waits is all of this speech; it need not wait for more."""
-        self._end_in = self.waiting
+        """What came is all of this speech; it need not wait for more."""
+        if rest := self.waiting - sum(self._ends):
+            self._ends.append(rest)
+        elif self._speaking is not None and not self._ends:
+            self._finish()
 
     def clear(self) -> float:
         """A new epoch: everything that is not shown is forgotten. Returns the seconds of the
         speech under way that were shown."""
-        span = next((span for span in self._spans if span.begun), None)
-        shown = 0 if span is None else min(self.played, span.end) - span.first
+        seconds = next((span.seconds(self.played) for span in self._spans if span.begun), 0.0)
         self.stale += len(self._frames)
         self.epoch += 1
         self._begin()
-        return shown / RATE
+        return seconds
 
     def arrive(self, block: Block) -> None:
         """Frames of the engine; those of an older epoch are dropped."""
@@ -149,42 +174,56 @@ class Timeline:
         return self.asked + self.block + self.ahead - self.sent
 
     @property
+    def _behind(self) -> int:
+        """Samples by which live sound is shown later than a block and the margin make it."""
+        late = self.waiting + self.asked - self.played
+        return late - self.block - int(self.margin * RATE)
+
+    @property
     def speaking(self) -> bool:
-        return self._speaking is not None or bool(self._spans) or self.waiting > 0
+        return bool(self._spans) or (self.waiting > 0 and not self.live)
+
+    @property
+    def short(self) -> bool:
+        """Whether speech waits for more of it, to fill its first block."""
+        return 0 < self.waiting < self._needed and not (self.live or self._ends)
 
     def due(self) -> np.ndarray | None:
         """What the engine is to hear now, if anything: enough for one more block."""
         buffered, needed = self.asked - self.played, self._needed
         if buffered > self.lookahead * self.block:
             return None
-        if self.waiting >= needed or (self._end_in is not None and self.waiting):
+        if self.waiting >= needed or self._ends:
             return self._commit(needed)
         if buffered > self.margin * RATE:
             return None
         if self.waiting and self._speaking is not None:
             return self._commit(needed)  # a gap
-        if self.freeze and not self._spans:
+        if self.freeze and self.sent and not self._spans:
+            self._rested = self.played
             return None
         return self._silence(needed)
 
     def _commit(self, needed: int) -> np.ndarray:
-        """Speech, filled up with silence."""
-        count = min(needed, self.waiting)
-        speech = self._take(count)
+        """Speech, up to its end where that is known, filled up with silence."""
+        count = min(needed, self._ends[0] if self._ends else self.waiting)
+        source, speech = self.came - self.waiting, self._take(count)
         over = False
-        if self._end_in is not None:
-            self._end_in -= count
-            over = self._end_in <= 0
-            self._end_in = None if over else self._end_in
-        if not over and count < needed:
-            self.gaps += needed - count
-        loud = not self.live or _loudness(speech) > QUIET
-        if loud and self._speaking is None:
-            self._speaking = Span(self.sent, self.sent)
-            self._spans.append(self._speaking)
-        if self._speaking is not None and loud:
-            self._speaking.end = self.sent + count
-        if self._speaking is not None and (over or not loud):
+        if self._ends:
+            self._ends[0] -= count
+            if over := self._ends[0] == 0:
+                self._ends.popleft()
+        onset = _onset(speech) if self.live else 0
+        if onset is not None:
+            if not over:
+                self.gaps += needed - count
+            if self._speaking is None:
+                first = [self.sent + onset, self.sent + count]
+                self._speaking = Span([first], source + onset)
+                self._spans.append(self._speaking)
+            else:
+                self._speaking.add(self.sent, self.sent + count)
+        if self._speaking is not None and (over or onset is None):
             self._finish()
         samples = np.zeros(needed, np.int16)
         samples[:count] = speech
@@ -218,12 +257,11 @@ class Timeline:
         for span in list(self._spans):
             if not span.begun and span.first < self.played:
                 span.begun = True
-                events.append(("speech.started", {"at_sample": span.first}))
+                events.append(("speech.started", {"at_sample": span.first, "source": span.source}))
             if span.over and span.end <= self.played:
                 self._spans.popleft()
-                seconds = (span.end - span.first) / RATE
-                events.append(("speech.ended", {"played_ms": round(1000 * seconds),
-                                                "interrupted": False}))  # fmt: skip
+                played_ms = round(1000 * span.seconds(self.played))
+                events.append(("speech.ended", {"played_ms": played_ms, "interrupted": False}))
         return Shown(self.epoch, first, frame, samples, tuple(events))
 
     def _take(self, count: int) -> np.ndarray:
@@ -238,7 +276,7 @@ class Timeline:
     @property
     def starving(self) -> bool:
         """Whether the picture has run out while there should be one; a beginning is no stall."""
-        return not self._frames and self.asked > self.played > 0
+        return not self._frames and self.asked > self.played > self._rested
 
 
 def _taken(pieces: collections.deque[np.ndarray], count: int) -> np.ndarray:
@@ -254,6 +292,14 @@ def _taken(pieces: collections.deque[np.ndarray], count: int) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int16)])
 
 
+def _onset(samples: np.ndarray) -> int | None:
+    """Where somebody begins to speak in live sound; None if nobody does."""
+    if _loudness(samples) <= QUIET:
+        return None
+    cuts = range(0, len(samples), PIECE)
+    return next((at for at in cuts if _loudness(samples[at : at + PIECE]) > QUIET), 0)
+
+
 def _loudness(samples: np.ndarray) -> float:
     return float(np.sqrt(np.mean(samples.astype(np.float32) ** 2))) if len(samples) else 0.0
 
@@ -267,8 +313,11 @@ class Clock(Protocol):
 
 
 class RealClock:
-    now = staticmethod(time.monotonic)
-    sleep = staticmethod(asyncio.sleep)
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 async def publish(
@@ -289,9 +338,9 @@ async def publish(
             show(shown)
         elif starving:
             stalled(beat)
-        due += beat
         late = clock.now() - due
         if late > LATE:
             stalled(late)
             due += late
+        due += beat
         await clock.sleep(max(0.0, due - clock.now()))

@@ -6,6 +6,7 @@ import binascii
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import time
@@ -13,7 +14,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Header, Query, Request, Response, WebSocket
+from fastapi import (
+    Depends,
+    FastAPI,
+    Header,
+    Query,
+    Request,
+    Response,
+    WebSocket,
+    WebSocketDisconnect,
+)
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -54,9 +64,17 @@ class Face(BaseModel):
     """A portrait: one of `GET /v1/presets`, or a picture of one's own in base64."""
 
     model_config = ConfigDict(extra="forbid")
-    id: str | None = Field(None, max_length=64)
+    id: Annotated[str | None, Field(max_length=64)] = None
     image: str | None = None
     consent: Consent | None = None
+
+
+class Room(BaseModel):
+    """A room of LiveKit, and a token that lets the avatar in."""
+
+    model_config = ConfigDict(extra="forbid")
+    url: str = Field(max_length=500, pattern="^wss?://")
+    token: str = Field(max_length=8000)
 
 
 class Create(BaseModel):
@@ -66,6 +84,8 @@ class Create(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     live: bool = False  # sound of a microphone, which never stops
     idle: Literal["generate", "freeze"] = "generate"
+    transport: Literal["any", "livekit"] = "any"
+    livekit: Room | None = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
 
 
@@ -80,11 +100,19 @@ class Front:
         mark = marks.badge if settings.badge else None
         self.sessions = Sessions(workers, settings.limits, self.metrics, mark=mark)
         self.rtc, self.jobs = rtc.Calls(settings), jobs.Jobs(settings)
+        self.rooms: set[asyncio.Task] = set()
         self.creating = Bucket(settings.rate, max(5.0, 5 * settings.rate))
         self.beat = time.monotonic()
 
     async def run(self) -> None:
-        await asyncio.gather(self.sessions.run(), self.jobs.run(), self._beat())
+        """For ever. If a part of it fails, the rest ends with it, and `/livez` says so."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for job in (self.sessions.run(), self.jobs.run(), self._beat()):
+                    group.create_task(job)
+        except Exception:
+            log.exception("the server cannot go on")
+            raise
 
     async def _beat(self) -> None:
         """So that a hung event loop shows."""
@@ -94,6 +122,9 @@ class Front:
 
     async def create(self, wanted: Create) -> dict[str, Any]:
         """A session: what its caller is told. Raises Problem."""
+        if (wanted.transport == "livekit") != (wanted.livekit is not None):
+            detail = "transport livekit and livekit {url, token} go together"
+            raise Problem(422, "bad-input", detail)
         face = self._face(wanted.avatar)
         session = await self.sessions.create(
             functools.partial(portrait, face), wanted.prompt, seed=wanted.seed, live=wanted.live,
@@ -104,7 +135,21 @@ class Front:
                 "face": hashlib.sha256(face).hexdigest(), "session": session.id,
             }  # fmt: skip
             log.info("consent", extra={"about": record})
+        if wanted.livekit is not None:
+            await self._join(session, wanted.livekit)
         return self.told(session) | self._tokens(session)
+
+    async def _join(self, session: Session, room: Room) -> None:
+        """Raises Problem, or LiveAvatarError without the extra; then there is no session."""
+        try:
+            # In a thread: the import takes seconds, and other sessions go on.
+            livekit = await asyncio.to_thread(importlib.import_module, "serve.livekit")
+            joined = await livekit.join(session, room.url, room.token)
+        except BaseException as error:
+            self.sessions.close(session, "refused", str(error))
+            raise
+        self.rooms.add(joined)
+        joined.add_done_callback(self.rooms.discard)
 
     def told(self, session: Session) -> dict[str, Any]:
         ready, limits = session.ready, session.limits
@@ -179,6 +224,7 @@ def make(settings: Settings) -> FastAPI:
         yield
         await front.sessions.drain(0.0)
         await front.rtc.close()
+        await asyncio.gather(*front.rooms)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -232,7 +278,8 @@ def _answers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def other(request: Request, error: HTTPException) -> Response:
-        return _problem(error.status_code, "http", str(error.detail))
+        kind = "too-large" if error.status_code == 413 else "http"
+        return _problem(error.status_code, kind, str(error.detail))
 
     @app.exception_handler(Exception)
     def broken(request: Request, error: Exception) -> Response:
@@ -254,27 +301,17 @@ class _Limited:
         if not claimed.isdigit() or int(claimed) > self.most:
             await _problem(413, "too-large", detail)(scope, receive, send)
             return
-        seen, begun = 0, False
+        seen = 0
 
         async def counted() -> Any:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.most:
-                raise Problem(413, "too-large", detail)
+                raise HTTPException(413, detail)  # no other exception comes through FastAPI
             return message
 
-        async def watched(message: Any) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            await self.app(scope, counted, watched)
-        except Problem as error:
-            if begun:
-                raise
-            await _problem(error.status, error.kind, error.detail)(scope, receive, send)
+        await self.app(scope, counted, send)
 
 
 # ---- routes
@@ -287,12 +324,12 @@ def _operations(app: FastAPI, front: Front) -> None:
         return front.auth.backend(authorization)
 
     @app.get("/livez")
-    def livez() -> Response:
+    async def livez() -> Response:
         late = time.monotonic() - front.beat
         return JSONResponse({"ok": late < 5, "late_s": round(late, 1)}, 200 if late < 5 else 503)
 
     @app.get("/readyz")
-    def readyz() -> Response:
+    async def readyz() -> Response:
         """Ready is warm; on the way there, how far it is."""
         health = [worker.link.health for worker in sessions.workers]
         ready = sessions.ready is not None and not sessions.draining
@@ -303,16 +340,16 @@ def _operations(app: FastAPI, front: Front) -> None:
         return JSONResponse(said, 200 if ready else 503)
 
     @app.get("/metrics")
-    def metrics(_: Annotated[Grant, Depends(operator)]) -> Response:
+    async def metrics(_: Annotated[Grant, Depends(operator)]) -> Response:
         return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/status")
-    def status(_: Annotated[Grant, Depends(operator)]) -> dict[str, Any]:
+    async def status(_: Annotated[Grant, Depends(operator)]) -> dict[str, Any]:
         return {"sessions": {name: session.stats() for name, session in sessions.all.items()},
                 "free": sessions.free, "draining": sessions.draining}  # fmt: skip
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         ready = sessions.ready
         data = [] if ready is None else [{
             "id": ready.model, "object": "model", "size": [ready.width, ready.height],
@@ -356,12 +393,12 @@ def _sessions(app: FastAPI, front: Front) -> None:
         return said
 
     @app.get("/v1/sessions/{session}")
-    def show(session: str, _: Caller) -> dict[str, Any]:
+    async def show(session: str, _: Caller) -> dict[str, Any]:
         found = sessions.get(session)
         return front.told(found) | {"stats": found.stats()}
 
     @app.delete("/v1/sessions/{session}")
-    def delete(session: str, grant: Caller) -> dict[str, Any]:
+    async def delete(session: str, grant: Caller) -> dict[str, Any]:
         """Also of one that has ended: the answer is the same."""
         grant.check(session)
         found = sessions.all.get(session)
@@ -418,7 +455,7 @@ async def _admitted(ws: WebSocket, auth: Auth, offered: list[str]) -> Grant:
 
 
 async def _cut(ws: WebSocket, code: int, kind: str, detail: str) -> None:
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect):
         await ws.send_json({"type": "error", "error": kind, "detail": detail,
                             "retryable": code == 1013})  # fmt: skip
         await ws.close(code, kind)
@@ -430,7 +467,7 @@ def _page(app: FastAPI, front: Front) -> None:
         return HTMLResponse((PAGE / "index.html").read_text(), headers={
             "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
             "media-src 'self' blob: mediastream:; style-src 'self' 'unsafe-inline'; "
-            "script-src 'self' 'unsafe-inline'; connect-src 'self' ws: wss:",
+            "script-src 'self' 'unsafe-inline' blob:; connect-src 'self' ws: wss:",
             "permissions-policy": "microphone=(self)",
             "referrer-policy": "no-referrer",
         })  # fmt: skip

@@ -114,7 +114,9 @@ class Jobs:
         """Raises Problem until it is complete."""
         job = self.get(name)
         if job.status != "completed":
-            raise Problem(409, "not-completed", f"this video is {job.status.replace('_', ' ')}", 2.0)
+            raise Problem(
+                409, "not-completed", f"this video is {job.status.replace('_', ' ')}", 2.0
+            )
         return self.folder / name / "video.mp4"
 
     async def remove(self, name: str) -> None:

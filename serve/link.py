@@ -70,6 +70,9 @@ class Link:
             self.health = Health(restarts=self.health.restarts + 1)
             try:
                 reason = await self._once()
+            except Exception as error:  # whatever it was, there is another engine after it
+                log.exception("engine failed")
+                reason = type(error).__name__
             finally:
                 await self._end()
             log.error("engine lost: %s", reason)
@@ -82,11 +85,11 @@ class Link:
         """One life of the engine; why it ended."""
         ours, theirs = socket.socketpair()
         with theirs:
+            reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
             self.process = await asyncio.create_subprocess_exec(
                 *self.command, "--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )  # fmt: skip
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
         self.health.heard = time.monotonic()
         tasks = [asyncio.create_task(job) for job in (self._read(reader), self._watch())]
         try:

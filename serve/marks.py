@@ -22,7 +22,9 @@ def sign(path: Path, certificate: Path, key: Path) -> None:
     try:
         import c2pa
     except ImportError:
-        raise LiveAvatarError("files are signed with c2pa-python; install the extra serve") from None
+        raise LiveAvatarError(
+            "files are signed with c2pa-python; install the extra serve"
+        ) from None
     manifest = {
         "claim_generator_info": [{"name": "liveavatar-jax"}],
         "title": path.name,

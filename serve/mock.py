@@ -2,6 +2,7 @@
 loud, and a strip of bits that says whose frame it is and of when. For tests, load and demos.
 """
 
+import functools
 import time
 import zlib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import numpy as np
 from serve.engine import Window
 from serve.wire import PER_FRAME, Ready
 
-SIZE, CELL = 256, 8  # pixels of a frame's side, and of a bit's
+SIZE, CELL = 256, 16  # pixels of a frame's side, and of a bit's: as large as a codec's blocks
 BITS = {"session": 16, "epoch": 16, "frame": 32}
 OPEN = 6000.0  # RMS of int16 at which the mouth is as open as it gets
 
@@ -40,19 +41,29 @@ def read(frame: np.ndarray) -> dict[str, int]:
 
 def opening(frame: np.ndarray) -> float:
     """How open the mouth of a frame is, 0 to 1."""
-    mouth = frame[SIZE // 2 :, SIZE // 2 - 2 : SIZE // 2 + 2].astype(np.float32).mean((1, 2))
+    middle = frame[SIZE // 2 + 20 : SIZE // 2 + 80, SIZE // 2 - 2 : SIZE // 2 + 2]
+    mouth = middle.astype(np.float32).mean((1, 2))
     return float(np.sum(mouth < 60) / 60)
+
+
+@functools.lru_cache(64)
+def face(session: str) -> np.ndarray:
+    """Without a mouth, [256, 256, 3]."""
+    picture = np.full((SIZE, SIZE, 3), 32, np.uint8)
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
+    picture[(x / 90.0) ** 2 + (y / 105.0) ** 2 < 1] = colour(session)
+    return picture
 
 
 def draw(session: str, epoch: int, frame: int, samples: np.ndarray) -> np.ndarray:
     """The frame, [256, 256, 3], that goes with 640 samples."""
-    picture = np.full((SIZE, SIZE, 3), 32, np.uint8)
-    y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
-    picture[(x / 90.0) ** 2 + (y / 105.0) ** 2 < 1] = colour(session)
+    picture = face(session).copy()
     loud = np.sqrt(np.mean(samples.astype(np.float32) ** 2)) if len(samples) else 0.0
     height = 60 * min(1.0, float(loud) / OPEN)
     if height > 0:
-        picture[(x / 30.0) ** 2 + ((y - 50) / (height / 2)) ** 2 < 1] = 16
+        y, x = np.mgrid[-30:31, -30:31]
+        mouth = picture[SIZE // 2 + 20 : SIZE // 2 + 81, SIZE // 2 - 30 : SIZE // 2 + 31]
+        mouth[(x / 30.0) ** 2 + (y / (height / 2)) ** 2 < 1] = 16
     values = {"session": tag(session), "epoch": epoch & 0xFFFF, "frame": frame & 0xFFFFFFFF}
     said = "".join(f"{values[name]:0{count}b}" for name, count in BITS.items())
     bits = np.array([bit == "1" for bit in said]).reshape(-1, SIZE // CELL)

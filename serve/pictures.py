@@ -79,8 +79,8 @@ class Movie:
         sound = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
         sound.sample_rate, sound.pts = RATE, self._frames * len(samples)
         sound.time_base = Fraction(1, RATE)
-        for stream, part in ((self._video, picture), (self._audio, sound)):
-            self._file.mux(stream.encode(part))
+        self._file.mux(self._video.encode(picture))
+        self._file.mux(self._audio.encode(sound))
         self._frames += 1
         return self._out.take()
 

@@ -9,6 +9,7 @@ out has stamps from the one count of samples, so picture and sound cannot drift 
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import logging
 import secrets
 from collections.abc import Callable
@@ -42,6 +43,9 @@ log = logging.getLogger("serve.rtc")
 SDP = "application/sdp"
 VISIBLE = 256  # rows of the video of a model that makes fewer: colours have half of them
 WAITS = 8  # pairs that may wait for the encoder
+PACKET = RATE // 50  # samples of a packet of sound; of a longer frame all would have one stamp
+STILL = 6  # frames by which stamps may be behind the clock; more is a picture that stood still
+CONNECTS = 20.0  # seconds that a call may take until it is connected
 HOLE = 2.0  # seconds of lost sound that are filled with silence, at most
 
 
@@ -74,7 +78,11 @@ class Out(MediaStreamTrack):
             await self._more.wait()
         shown, at = self._waiting.popleft()
         if self.kind == "audio":
-            frame = av.AudioFrame.from_ndarray(shown.samples[None], "s16", "mono")
+            if len(shown.samples) > PACKET:
+                rest = dataclasses.replace(shown, samples=shown.samples[PACKET:])
+                self._waiting.appendleft((rest, at + PACKET))
+            both = np.repeat(shown.samples[:PACKET], 2)  # of mono, aiortc takes 3 dB
+            frame = av.AudioFrame.from_ndarray(both[None], "s16", "stereo")
             frame.sample_rate, frame.pts, frame.time_base = RATE, at, Fraction(1, RATE)
             return frame
         picture = shown.frame
@@ -122,8 +130,9 @@ class Call:
         self.id, self._session, self._speaks = secrets.token_urlsafe(9), session, speaks
         self.peer = RTCPeerConnection(servers)
         self._video, self._audio = Out("video"), Out("audio")
-        self._at, self._when = 0, 0.0
+        self._at, self._begun = 0, 0.0
         self._listening: asyncio.Task | None = None
+        self._connecting: asyncio.TimerHandle | None = None
         self._gone = False
         self.peer.on("connectionstatechange", self._changed)
         self.peer.on("track", self._track)
@@ -133,11 +142,11 @@ class Call:
     def show(self, shown: Shown) -> None:
         """Its place is the next one, or later by as much as the picture stood still."""
         now = asyncio.get_running_loop().time()
-        if self._when:
-            still = now - self._when - 1 / FPS
-            frames = 1 + (round(still * FPS) if still > 3 / FPS else 0)
-            self._at += frames * PER_FRAME
-        self._when = now
+        if not self._begun:
+            self._begun = now
+        else:
+            behind = int((now - self._begun) * FPS) - self._at // PER_FRAME - 1
+            self._at += (1 + (behind if behind > STILL else 0)) * PER_FRAME
         for track in (self._video, self._audio):
             track.put(shown, self._at)
 
@@ -157,6 +166,8 @@ class Call:
         """Raises Problem for what is no offer, or wants nothing that is here."""
         try:
             await self.peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+            if not self.peer.getTransceivers():
+                raise ValueError("neither picture nor sound")
             for transceiver in self.peer.getTransceivers():
                 if transceiver.kind == "video":
                     transceiver.sender.replaceTrack(self._video)
@@ -169,7 +180,12 @@ class Call:
             await self.hang_up()
             detail = f"this is no offer of a call that can be had here ({type(error).__name__})"
             raise Problem(400, "bad-offer", detail) from None
-        self._session.join(self)
+        try:
+            self._session.join(self)
+        except Problem:
+            await self.hang_up()
+            raise
+        self._connecting = asyncio.get_running_loop().call_later(CONNECTS, self._connected)
         return self.peer.localDescription.sdp
 
     async def candidates(self, fragment: str) -> None:
@@ -195,9 +211,15 @@ class Call:
         self._session.metrics.dropped.labels("slow").inc(self._video.dropped)
         for track in (self._video, self._audio):
             track.stop()
-        if self._listening is not None:
-            self._listening.cancel()
+        for waits in (self._listening, self._connecting):
+            if waits is not None:
+                waits.cancel()
         await self.peer.close()
+
+    def _connected(self) -> None:
+        """By now, or never: who does not answer must not hold a place."""
+        if self.peer.connectionState != "connected":
+            self.close("left")
 
     async def _changed(self) -> None:
         if self.peer.connectionState in ("failed", "closed", "disconnected"):

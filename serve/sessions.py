@@ -7,7 +7,6 @@ that session alone.
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -40,6 +39,7 @@ from serve.wire import (
 log = logging.getLogger("serve.session")
 
 OPENING = 20.0  # seconds that an engine may take to open a session
+PAUSE = 1.0  # seconds after which what came is all of a speech, where less than a block of it did
 WARNING = 30.0  # seconds before the end that `session.expiring` comes
 MARGIN = (0.16, 0.8)  # seconds before the picture runs out that silence is asked for, within
 
@@ -49,6 +49,8 @@ Mark = Callable[[np.ndarray], np.ndarray]  # what is drawn into each frame
 REASONS = {
     "done": (1000, False),
     "left": (1000, False),
+    "refused": (1000, False),
+    "slow": (1013, True),
     "idle": (1000, False),
     "too_long": (1000, False),
     "draining": (1001, True),
@@ -120,13 +122,15 @@ class Session:
         self.state, self.reason = "opening", ""
         self.viewers: list[Viewer] = []
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.begun = self.heard = self.seen = clock.now()  # created; last sound in; last viewer
+        self.begun = self.heard = self.seen = clock.now()  # created; last speech; last viewer
         self.stalls = 0.0
         self.turns: collections.deque[float] = collections.deque(maxlen=100)
         self.warned = False
         self._clock = clock
         self._asked: collections.deque[float] = collections.deque()
-        self._turn: float | None = None  # when the speech under way began to come in
+        self._arrived = 0.0  # when the last block did
+        # The first of the samples that came in at once, and when.
+        self._came: collections.deque[tuple[int, float]] = collections.deque(maxlen=10_000)
         self._shown = 0
         self._rate = (clock.now(), 0, 0.0)  # when frames were counted last; how many; a second
         self._task: asyncio.Task | None = None
@@ -138,24 +142,31 @@ class Session:
         waits."""
         if self.state == "closed" or epoch not in (None, self.timeline.epoch):
             return
-        if self._turn is None and not self.timeline.speaking:
-            self._turn = self._clock.now()
+        first, now = self.timeline.came, self._clock.now()
         try:
             self.timeline.push(samples)
         except Overflow as error:
             raise Problem(429, "too-far-ahead", str(error), 1.0) from None
-        self.heard = self._clock.now()
+        if self.timeline.came > first:
+            self._came.append((first, now))
+        if not self.timeline.live:
+            self.heard = now
 
     def end(self) -> None:
         """What was sent is all of this speech."""
         self.timeline.end()
+
+    def settle(self) -> None:
+        """A pause is an end, where nobody said so: less than a block would wait for ever."""
+        if self.timeline.short and self._clock.now() - self._came[-1][1] > PAUSE:
+            self.end()
 
     def interrupt(self) -> None:
         """Nothing of what was said before is shown after this."""
         begun, played = self._clock.now(), self.timeline.clear()
         self.worker.link.send(Clear(self.id, self.timeline.epoch))
         self._asked.clear()
-        self._turn = None
+        self._came.clear()
         played_ms = round(1000 * played)
         for viewer in list(self.viewers):
             viewer.clear(self.timeline.epoch)
@@ -179,9 +190,9 @@ class Session:
         self.seen = self._clock.now()
 
     def leave(self, viewer: Viewer) -> None:
-        with contextlib.suppress(ValueError):
+        if viewer in self.viewers:
             self.viewers.remove(viewer)
-        self.seen = self._clock.now()
+            self.seen = self._clock.now()
 
     def tell(self, kind: str, **fields: Any) -> None:
         event = {"type": kind, "epoch": self.timeline.epoch, **fields}
@@ -200,17 +211,17 @@ class Session:
             self._task = asyncio.create_task(job)
             self._task.add_done_callback(self._published)
             return
+        now = self._clock.now()
         if message.epoch == self.timeline.epoch and self._asked:
-            took = self._clock.now() - self._asked.popleft()
+            took = now - max(self._asked.popleft(), self._arrived)  # without its wait in a queue
             low, high = MARGIN
             wanted = min(high, max(low, 0.08 + 1.5 * took))
             # Up at once, down slowly: an engine that was late once may be so again.
-            self.timeline.margin = max(wanted, 0.98 * self.timeline.margin)
+            self.timeline.margin = max(wanted, 0.95 * self.timeline.margin)
+        self._arrived = now
         for stage, seconds in message.seconds.items():
             self.metrics.block.labels(stage).observe(seconds)
-        stale = self.timeline.stale
         self.timeline.arrive(message)
-        self.metrics.dropped.labels("stale").inc(self.timeline.stale - stale)
 
     def _published(self, task: asyncio.Task) -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -230,17 +241,22 @@ class Session:
         for kind, fields in shown.events:
             if kind == "speech.started":
                 self._become("speaking")
-                if self._turn is not None:
-                    self.turns.append(self._clock.now() - self._turn)
-                    self.metrics.turn.observe(self.turns[-1])
-                    fields = fields | {"turn_ms": round(1000 * self.turns[-1])}
+                turn = self._clock.now() - self._since(fields["source"])
+                self.turns.append(turn)
+                self.metrics.turn.observe(turn)
+                fields = {"at_sample": fields["at_sample"], "turn_ms": round(1000 * turn)}
             else:
                 self._become("ready")
-                self._turn = None
             self.tell(kind, **fields)
         for viewer in list(self.viewers):
             if viewer.watching:
                 viewer.show(shown)
+
+    def _since(self, source: int) -> float:
+        """When a sample came in."""
+        while len(self._came) > 1 and self._came[1][0] <= source:
+            self._came.popleft()
+        return self._came[0][1]
 
     def _stalled(self, seconds: float) -> None:
         self.stalls += seconds
@@ -274,6 +290,10 @@ class Session:
     def overdue(self) -> str | None:
         """The reason for which it is over, if it is; warns before."""
         now, limits = self._clock.now(), self.limits
+        if self._task is not None and self._task.done():
+            return "engine"
+        if self.timeline.speaking:
+            self.heard = now
         left = {
             "too_long": self.begun + limits.longest - now,
             "idle": self.heard + limits.idle - now,
@@ -304,6 +324,7 @@ class Session:
         self.viewers.clear()
         timeline = self.timeline
         self.metrics.gaps.inc(timeline.gaps / RATE)
+        self.metrics.dropped.labels("stale").inc(timeline.stale)
         self.metrics.ended.labels(reason).inc()
         seconds = self._clock.now() - self.begun
         self.metrics.length.observe(seconds)
@@ -334,9 +355,10 @@ class Sessions:
 
     async def run(self) -> None:
         """Engines and the watch over sessions, until cancelled."""
-        jobs = [worker.link.run() for worker in self.workers]
         try:
-            await asyncio.gather(*jobs, self._watch())
+            async with asyncio.TaskGroup() as group:
+                for job in (*(worker.link.run() for worker in self.workers), self._watch()):
+                    group.create_task(job)
         finally:
             for session in list(self.all.values()):
                 self.close(session, "draining")
@@ -370,18 +392,19 @@ class Sessions:
         session = Session(
             worker, worker.ready, self.limits, self.metrics, self.clock, live=live, freeze=freeze,
             mark=self._mark,
-        )
+        )  # fmt: skip
         self.all[session.id] = session
         worker.held.add(session.id)  # before anything waits: nobody else gets this place
         try:
-            shown = await asyncio.to_thread(picture, worker.ready)
-            worker.link.send(Open(session.id, shown, prompt, seed))
+            shown = await asyncio.to_thread(picture, session.ready)
+            if not session.opened.done():  # else it has ended meanwhile, as with its engine
+                worker.link.send(Open(session.id, shown, prompt, seed))
             await asyncio.wait_for(asyncio.shield(session.opened), OPENING)
         except TimeoutError:
             self.close(session, "engine", "the engine did not open the session in time")
             self._refuse("engine-fault", 503, "the engine did not open the session in time", 5.0)
         except BaseException as error:
-            self.close(session, "engine", str(error))
+            self.close(session, "engine" if isinstance(error, Problem) else "refused", str(error))
             result = error.kind if isinstance(error, Problem) else "refused"
             self.metrics.admissions.labels(result).inc()
             raise
@@ -420,7 +443,10 @@ class Sessions:
             case Ready():
                 self.metrics.ready.set(1)
             case Opened(name) | Block(session=name) if name in self.all:
-                self.all[name].hear(message)
+                try:
+                    self.all[name].hear(message)
+                except ValueError as error:
+                    self.close(self.all[name], "engine", str(error))
             case Closed(name):
                 worker.held.discard(name)
             case Failed(name, reason):
@@ -445,6 +471,7 @@ class Sessions:
             buffers = [session.timeline.buffered for session in self.all.values()]
             self.metrics.buffer.set(min(buffers, default=0.0))
             for session in list(self.all.values()):
+                session.settle()
                 if (reason := session.overdue()) is not None:
                     self.close(session, reason)
                 else:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import ipaddress
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -55,12 +56,14 @@ class Settings:
             raise LiveAvatarError(f"engine = {self.engine!r} must be model or mock")
         if self.uploads not in ("auto", "yes", "no"):
             raise LiveAvatarError(f"uploads = {self.uploads!r} must be auto, yes or no")
-        for name in ("workers", "slots", "lookahead"):
+        for name in ("workers", "slots", "lookahead", "max_body"):
             if getattr(self, name) < 1:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be at least 1")
         for name in ("longest", "idle", "grace", "rate", "drain"):
-            if not getattr(self, name) > 0:
-                raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0, and finite")
+        if self.viewers < 0:
+            raise LiveAvatarError(f"viewers = {self.viewers} must be at least 0")
         if bool(self.certificate) != bool(self.certificate_key):
             raise LiveAvatarError("certificate and certificate_key go together; set both")
         if not 0 <= self.port < 65536:
@@ -112,6 +115,9 @@ def read(
                             help=f"default: {default!r}")  # fmt: skip
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
+    for variable in environment:
+        if variable.startswith(PREFIX) and variable[len(PREFIX) :].lower() not in hints:
+            raise LiveAvatarError(f"there is no setting {variable}")
     if (path := given.pop("config")) is not None:
         values |= _file(path, hints)
     for name, kind in hints.items():
@@ -134,6 +140,9 @@ def _file(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in lines.items():
         if name not in hints:
             raise LiveAvatarError(f"{path}: there is no setting {name}")
+        lists = hints[name] not in (int, float, bool, str)
+        if isinstance(value, dict) or (isinstance(value, list) and not lists):
+            raise LiveAvatarError(f"{path}: {name} = {value!r} must be {_kind(hints[name])}")
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         values[name] = _as(hints[name], text, f"{path}: {name}")
     return values

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import collections
+import contextlib
 import json
 import struct
 from collections.abc import Callable
@@ -30,6 +31,7 @@ FRAME = struct.Struct("<III")  # before a frame that goes out
 RATES = (8000, 16000, 22050, 24000, 32000, 44100, 48000)
 MEDIA = ("none", "jpeg", "mp4")
 SLOW = 2 * FPS  # frames that may wait for a reader, before the oldest are dropped
+EVENTS = 1000  # messages that may; a reader who is that far behind is cut
 STUCK = 15.0  # seconds that one message may take to be sent
 MISTAKES = 20  # messages that are none, before the line is cut
 PROMPT = 2000  # characters
@@ -66,7 +68,12 @@ class Socket:
         self._more.set()
 
     def tell(self, event: dict[str, Any]) -> None:
-        self._out.append(json.dumps(event))
+        if len(self._out) >= EVENTS:
+            self.clear(self._epoch)
+            self._out.clear()
+            self._end = "slow"
+        if self._end is None:
+            self._out.append(json.dumps(event))
         self._more.set()
 
     def clear(self, epoch: int) -> None:
@@ -108,11 +115,12 @@ class Socket:
                 try:
                     await asyncio.wait_for(sending, STUCK)
                 except TimeoutError:
-                    await self._ws.close(1013, "this reader is too slow")
-                    return
+                    self._end = "slow"
+                    self._out.clear()
             if self._end is not None:
                 code, _ = REASONS[self._end]
-                await self._ws.close(code, self._end)
+                with contextlib.suppress(TimeoutError):  # it may be that nothing goes out any more
+                    await asyncio.wait_for(self._ws.close(code, self._end), 1.0)
                 return
             self._more.clear()
             await self._more.wait()
@@ -161,9 +169,11 @@ class Socket:
     def _heard(self, samples: np.ndarray, epoch: int | None = None) -> None:
         if not self._speaks:
             raise Mistake("this token is for watching only")
+        if epoch not in (None, self._session.timeline.epoch):
+            return
         if self._resample is not None:
             samples = self._resample.resample_chunk(samples)
-        self._session.speak(samples.astype(np.int16), epoch)
+        self._session.speak(samples.astype(np.int16))
 
     def _text(self, text: str) -> None:
         try:
@@ -173,10 +183,10 @@ class Socket:
             raise Mistake("a message is a JSON object with a type") from None
         does: dict[str, Callable[[dict[str, Any]], None]] = {
             "audio.append": self._append,
-            "audio.end": lambda said: self._session.end(),
+            "audio.end": lambda said: self._over(),
             "audio.clear": lambda said: self._interrupt(),
             "session.update": self._update,
-            "ping": lambda said: self.tell({"type": "pong", "id": said.get("id")}),
+            "ping": self._pong,
         }
         if not isinstance(kind, str) or kind not in does:
             raise Mistake(f"a message's type is one of {', '.join(does)}")
@@ -191,13 +201,31 @@ class Socket:
             raise Mistake("audio is 16-bit samples in base64") from None
         self._heard(samples)
 
+    def _over(self) -> None:
+        if self._resample is not None:
+            rest = self._resample.resample_chunk(np.zeros(0, np.int16), last=True)
+            self._resample.clear()
+            self._session.speak(rest)
+        self._session.end()
+
     def _interrupt(self) -> None:
         if self._resample is not None:
             self._resample.clear()
         self._session.interrupt()
 
+    def _pong(self, said: dict[str, Any]) -> None:
+        name = said.get("id")
+        if not isinstance(name, str | int):
+            name = None
+        self.tell({"type": "pong", "id": name[:64] if isinstance(name, str) else name})
+
     def _update(self, said: dict[str, Any]) -> None:
         prompt = said.get("prompt")
-        if not isinstance(prompt, str) or not 0 < len(prompt) <= PROMPT:
+        prompt = prompt if isinstance(prompt, str) else ""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # half of a pair, which no tokenizer takes
+            prompt = ""
+        if not 0 < len(prompt) <= PROMPT:
             raise Mistake(f"prompt is a text of 1 to {PROMPT} characters")
         self._session.change(prompt)

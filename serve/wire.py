@@ -2,7 +2,7 @@
 
 A message is a frozen dataclass. On the wire it is a JSON head, which names the message and the
 shapes of its arrays, and the arrays' bytes after it. No pickle: whoever writes into the pipe can
-say these messages and nothing more.
+say these messages, with fields of these kinds, and nothing more.
 
     front -> engine   Open, Hear, Clear, Change, Close, Ping
     engine -> front   Progress, Ready, Opened, Block, Failed, Closed, Pong
@@ -10,9 +10,10 @@ say these messages and nothing more.
 
 import dataclasses
 import json
+import math
 import socket
 import struct
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -142,6 +143,8 @@ ToEngine = Open | Hear | Clear | Change | Close | Ping
 ToFront = Progress | Ready | Opened | Block | Failed | Closed | Pong
 Message = ToEngine | ToFront
 KINDS = {kind.__name__: kind for kind in get_args(Message)}
+FIELDS = {name: get_type_hints(kind) for name, kind in KINDS.items()}
+DTYPES = ("|u1", "<i2")  # of arrays: pictures and sound
 
 
 # ---- bytes
@@ -171,14 +174,28 @@ def unpack(head: bytes, body: bytes) -> Message:
         kind, plain, shapes = json.loads(head)
         arrays, at = {}, 0
         for name, (dtype, shape) in shapes.items():
-            count = int(np.prod(shape, dtype=np.int64))
-            x = np.frombuffer(body, np.dtype(dtype), count, at).reshape(shape)
+            if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"{name} is {dtype} {shape}")
+            x = np.frombuffer(body, dtype, math.prod(shape), at).reshape(shape)
             arrays[name], at = x, at + x.nbytes
         if at != len(body):
             raise ValueError(f"{len(body) - at} bytes too many")
-        return KINDS[kind](**plain, **arrays)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        fields = {**plain, **arrays}
+        for name, wanted in FIELDS[kind].items():
+            if not _is(fields[name], wanted):
+                raise ValueError(f"{name} is {type(fields[name]).__name__}")
+        return KINDS[kind](**fields)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            RecursionError) as error:  # fmt: skip
         raise WireError(f"what came through the pipe is no message: {error}") from None
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind == dict[str, float]:
+        return isinstance(value, dict) and all(_is(x, float) for x in value.values())
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
 
 
 PREFIX = _SIZES.size
