@@ -2,8 +2,8 @@
 
 uv run --extra train --extra puppet python -m train.preset --until "pack teacher"
 
-Two shared cores of an AMD EPYC: 520 ms a step. Stopped after 318 steps so far, so what to expect
-is not known.
+Two shared cores of an AMD EPYC: 500 ms a step, 21 minutes. Not run to its end in this form, so
+what to expect is not known.
 """
 
 import optax

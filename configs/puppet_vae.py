@@ -2,11 +2,11 @@
 
 uv run --extra train python -m train.autoencoder configs/puppet_vae.py --out runs/puppet/vae
 
-Two shared cores of an AMD EPYC: 130 ms a step, 11 minutes (begun with steps=8000, shortened at
-step 160). Expected of pictures that it has not seen: 26.8 dB in all, 24.7 of mouths that move at
-random, 20.9 of eyes. It begins at 26.0 and 24.2 with the linear code alone; a code that all places
-share, at full rates, went from 23.0 to 27.3 dB in 13,000 steps, but lost the motion of mouths
-(opening after a round trip 0.79 instead of 0.92). So longer, and less slowly, should be better.
+Two shared cores of an AMD EPYC: 120 ms a step, 17 minutes. Expected of pictures that it has not
+seen: 27.0 dB in all, 24.8 of mouths that move at random, 21.6 of eyes. It begins at 26.0 and 24.2
+with the linear code alone; with that code at 1/20 of the rate it got to 26.8 in 5,000 steps. A code
+that all places share got to 27.3 dB in 13,000 steps, but lost the motion of mouths (opening after a
+round trip 0.79 instead of 0.92).
 """
 
 from liveavatar_jax.config import VAEConfig

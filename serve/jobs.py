@@ -136,7 +136,16 @@ class Jobs:
                 self._forget()
                 queued = [job for job in self._all.values() if job.status == "queued"]
                 if queued:
-                    await self._make(min(queued, key=lambda job: job.created_at))
+                    job = min(queued, key=lambda job: job.created_at)
+                    try:
+                        await self._make(job)
+                    except Exception:  # as of a full disk: the next may fare better
+                        log.exception("video failed")
+                        said = "something went wrong here; it is in the server's log"
+                        job.status, job.error = "failed", {"code": "failed", "message": said}
+                        job.expires_at = round(time.time() + KEPT)
+                        self._process = self._running = None
+                        shutil.rmtree(self.folder / job.id, ignore_errors=True)
                     continue
                 self._more.clear()
                 with contextlib.suppress(TimeoutError):

@@ -131,7 +131,10 @@ class Link:
     async def _watch(self) -> str:
         number = 0
         while True:
+            begun = time.monotonic()
             await asyncio.sleep(BEAT)
+            if time.monotonic() - begun > self.hangs / 2:  # it was the front that stood still
+                self.health.heard = time.monotonic()
             ready = self.health.state == "ready"
             silent = time.monotonic() - self.health.heard
             if silent > (self.hangs if ready else self.starts):

@@ -148,6 +148,24 @@ def test_a_full_disk_fails_one_job_in_one_sentence(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and known.list() == []
 
 
+def test_what_goes_wrong_with_one_video_ends_neither_the_queue_nor_the_server(
+    tmp_path, monkeypatch
+):
+    async def refused(*_args, **_more):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    async def run() -> None:
+        async with client(Settings(engine="mock", jobs=str(tmp_path))) as known:
+            monkeypatch.setattr(jobs.asyncio, "create_subprocess_exec", refused)
+            for _ in range(2):
+                asked = await known.post("/v1/videos", files={"audio": ("a.wav", sound(0.4))})
+                job = await finished(known, asked.json()["id"])
+                assert (job["status"], job["error"]["code"]) == ("failed", "failed")
+                assert job["expires_at"] and not list(tmp_path.iterdir())
+
+    asyncio.run(run())
+
+
 # ---- marks
 
 

@@ -506,6 +506,19 @@ async def test_an_engine_that_dies_or_hangs_ends_its_own_sessions_alone(monkeypa
 
 
 @in_loop
+async def test_a_front_that_stood_still_itself_blames_no_engine(monkeypatch):
+    with soon_noticed(monkeypatch, hangs=1.0):
+        async with serving() as served:
+            told = await served.create()
+            async with joined(served, told) as line:
+                await line.more(3)
+                time.sleep(1.5)  # the whole loop, and all in it
+                await line.more(10)
+            health = served.front.sessions.workers[0].link.health
+            assert health.restarts == 0 and served.session(told).state == "ready"
+
+
+@in_loop
 async def test_an_engine_that_says_what_is_no_message_is_started_again(monkeypatch):
     noise = "import os, sys; os.write(int(sys.argv[-1]), bytes([5, *bytes(7), *b'noise'])); input()"
     with soon_noticed(monkeypatch):
@@ -619,8 +632,11 @@ async def test_after_two_hundred_interrupts_nothing_older_came():
                     await line.say(tone(draw.uniform(0.05, 1.0)), epoch=epoch)
                 if draw.random() < 0.3:
                     await line.tell("audio.end")
-                if draw.random() < 0.05:
-                    await line.more(draw.randrange(8, 14))
+                if epoch % 20 == 10:
+                    await line.say(tone(1.0), epoch=epoch)
+                    await line.until(lambda epoch=epoch: any(
+                        x["epoch"] == epoch for x in line.named("speech.started")))  # fmt: skip
+                    await line.more(2)
                 else:
                     await asyncio.sleep(0.02 * draw.random())
                 await line.tell("audio.clear")
@@ -640,7 +656,7 @@ async def test_after_two_hundred_interrupts_nothing_older_came():
                 if x["played_ms"]:  # speech was under way
                     assert x["played_ms"] >= round(1000 * heard / RATE) - 1000 / 25
                 epoch, heard = x["epoch"], 0
-        assert sum(x["played_ms"] > 0 for x in cleared) > 2
+        assert sum(x["played_ms"] > 0 for x in cleared) >= 10
         assert served.counted("la_clear_latency_seconds_count") == 200
         assert served.counted("la_clear_latency_seconds_sum") < 200 * 0.1
 
@@ -907,7 +923,7 @@ async def test_metrics_say_what_happened():
             await line.event("speech.ended")
             await line.tell("audio.clear")
             await line.event("audio.cleared")
-            await line.event("stats", 2)
+            await line.event("stats", len(line.named("stats")) + 1)
             text = (await served.http.get("/metrics")).text
             status = (await served.http.get("/v1/status")).json()
         assert status["sessions"][told["id"]]["viewers"] == 1 and status["free"] == 0
