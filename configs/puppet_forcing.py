@@ -4,8 +4,8 @@ uv run --extra train --extra puppet python -m train.preset --until "pack forcing
 
 Two shared cores of an AMD EPYC: 530 ms a step, 30 minutes. Expected: mouth 0.72 with the truth,
 worst tenth 0.50, amplitude 0.70, sharpness 0.78; flow error about 0.37, still falling. The shipped
-weights began with 1,500 steps of a teacher that heard nothing, whose injectors and adapter were made
-anew, and 968 steps of this stage before `spread`.
+weights began with 1,500 steps of a teacher that heard nothing, whose injectors and adapter were
+made anew, and 968 steps of this stage before `spread`.
 """
 
 import optax
