@@ -1,6 +1,7 @@
 """The `liveavatar-jax` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ PHOTO = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 = done, 2 = refused with one sentence, 130 = interrupted."""
+    """Runs one command; 0 = done, 1 = `doctor` found a fault, 2 = refused with one sentence,
+    130 = interrupted."""
     args = _parser().parse_args(argv)
     try:
-        if args.run is not _plan:  # which touches no device
+        if args.run not in (_plan, _doctor):  # one touches no device, one looks for them itself
             prepare(args)
         with hosts.guard():
             return args.run(args)
@@ -158,6 +160,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
                    help="for each program to compile (default: %(default)g)")  # fmt: skip
     p.add_argument("--json", type=Path, help="write the figures there, too")
+
+    said = lambda name: os.environ.get(f"AVATAR_SERVE_{name}", "")  # as `python -m serve` has it
+    p = command(_doctor, "Look whether all is there to make videos, and to serve them.")
+    p.add_argument("--weights", type=Path, default=said("WEIGHTS") or None,
+                   help="folder made by `liveavatar-jax convert`")  # fmt: skip
+    p.add_argument("--host", default=said("HOST") or "127.0.0.1", help="of the server (default: "
+                   "%(default)s)")  # fmt: skip
+    p.add_argument("--port", type=int, default=said("PORT") or 8080, help="(default: %(default)s)")
+    p.add_argument("--udp", metavar="RANGE", default=said("UDP"), help="as 50000-50099")
+    p.add_argument("--ice", metavar="URL,URL", default=said("ICE"), help="stun: and turn: servers")
+    p.add_argument("--turn-user", metavar="NAME", default=said("TURN_USER"))
+    p.add_argument("--turn-password", metavar="TEXT", default=said("TURN_PASSWORD"))
+    p.add_argument("--certificate", type=Path, metavar="FILE", default=said("CERTIFICATE") or None,
+                   help="chain that signs files")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="for programs, instead of the table")
     return parser
 
 
@@ -341,6 +358,12 @@ def _plan_training(args: argparse.Namespace) -> int:
     print(to_text(report))
     _write(args.json, to_json(report))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from liveavatar_jax.doctor import doctor
+
+    return doctor(args)
 
 
 def _write(file: Path | None, values: dict) -> None:

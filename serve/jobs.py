@@ -166,8 +166,10 @@ class Jobs:
         command = [sys.executable, "-m", "liveavatar_jax.cli", *map(str, words)]
         self._process = process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-            start_new_session=True, preexec_fn=lambda: os.nice(10),
+            start_new_session=True,
         )  # fmt: skip
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, 10)  # live sessions go first
         assert process.stderr is not None
         tail = b""
         while piece := await process.stderr.read(4096):

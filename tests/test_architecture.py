@@ -26,6 +26,7 @@ LEVELS = {
     "encode": 4,
     "player": 4,
     "devices": 4,
+    "doctor": 4,
     "bench": 4,
     "occupancy": 4,
     "plan": 4,

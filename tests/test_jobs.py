@@ -124,14 +124,23 @@ def test_a_long_recording_is_noticed_while_it_is_read(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_starts_again_goes_on_with_its_jobs(tmp_path):
+def test_a_server_that_starts_again_goes_on_with_its_jobs(tmp_path, monkeypatch):
+    made = []
+
+    async def make(self, job):
+        assert (self.folder / job.id / "recording").is_file() and job.progress == 0
+        made.append((job.id, job.prompt, job.seed))
+        job.status = "completed"
+
     async def run() -> None:
         before = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
         job = before.add(picture(), sound(0.4), "Someone speaks.", 3)
         job.status, job.progress = "in_progress", 40  # and then the power fails
         before._keep(job)
+        monkeypatch.setattr(Jobs, "_make", make)
         async with client(Settings(engine="mock", jobs=str(tmp_path))) as known:
             assert (await finished(known, job.id))["status"] == "completed"
+        assert made == [(job.id, "Someone speaks.", 3)]
 
     asyncio.run(run())
 
