@@ -93,7 +93,8 @@ def _packages(extra: str, args: argparse.Namespace) -> Seen:
     python = f"Python{metadata.metadata(NAME)['Requires-Python'] or ''}"
     for need in map(Requirement, [python, *(metadata.requires(NAME) or ())]):
         bare = need.marker is None or need.marker.evaluate({"extra": ""})
-        if bare == bool(extra) or not (bare or need.marker.evaluate({"extra": extra})):
+        within = need.marker is not None and need.marker.evaluate({"extra": extra})
+        if bare == bool(extra) or not (bare or within):
             continue
         try:
             own = need.name == "Python"
@@ -141,9 +142,9 @@ def _model(args: argparse.Namespace) -> Seen:
 
 
 def _cache(args: argparse.Namespace) -> Seen:
-    where = Path(jax.config.jax_compilation_cache_dir or "")
+    where = Path(_kept() or "")
     doors = [path for path in (where, where.parent) if path.is_dir()]
-    if not (jax.config.jax_compilation_cache_dir and doors):
+    if not (_kept() and doors):
         return Seen(WARN, "none, every run compiles anew", "make the home folder (XDG_CACHE_HOME) "
                     "writable; with several CPU devices there is none on purpose")  # fmt: skip
     stats = [path.stat() for path in doors]
@@ -158,7 +159,7 @@ def _cache(args: argparse.Namespace) -> Seen:
 
 
 def _disk(args: argparse.Namespace) -> Seen:
-    cache = Path(jax.config.jax_compilation_cache_dir or ".").absolute()
+    cache = Path(_kept() or ".").absolute()
     place = next(path for path in (cache, *cache.parents) if path.is_dir())
     here, there = shutil.disk_usage(".").free, shutil.disk_usage(place).free
     seen, least = f"{_size(here)} free here, {_size(there)} for the cache", min(here, there)
@@ -195,10 +196,12 @@ def _serving(args: argparse.Namespace) -> list[tuple[str, Callable[[], Seen]]]:
 
 
 def _port(host: str, port: int) -> Seen:
+    if not 0 <= port < 65536:
+        raise LiveAvatarError(f"--port {port} does not exist; ports lie in 0..65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         said = str(error).partition(" (while")[0]
         raise LiveAvatarError(f"{host}:{port}: {said}; unless it is this server that runs already, "
                               "name another --port or --host") from None  # fmt: skip
@@ -267,14 +270,19 @@ def _certificate(path: Path) -> Seen:
     return Seen(OK, seen)
 
 
+def _kept() -> str | None:
+    """The folder of compiled programs."""
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+
+
 # ---- bytes
 
 
-def _size(n: float) -> str:
+def _size(n: int | float) -> str:
     return f"{n / GIB:.1f} GiB" if n >= GIB else f"{n / 2**20:.0f} MiB"
 
 
-def _room() -> list[float]:
+def _room() -> list[int | float]:
     """Free bytes of each device; those of the host where devices have none of their own."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     own = all("bytes_limit" in stat for stat in stats)
@@ -302,7 +310,7 @@ def _damaged(folder: Path, networks: list[str]) -> list[str]:
     return bad + [path.name for path in paths if not path.is_file() or files.read(path).faults]
 
 
-def _needed(cfg: ModelConfig, networks: list[str], dtype: str) -> float:
+def _needed(cfg: ModelConfig, networks: list[str], dtype: str) -> int | float:
     """Of weights, rings and sink of one session; without what a step works with."""
     kinds = {which: dtype if which in ("dit", "vae") else None for which in networks}
     weights = sum(leaf.size * leaf.dtype.itemsize for which, kind in kinds.items()
