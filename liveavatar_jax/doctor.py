@@ -113,7 +113,11 @@ def _packages(extra: str, args: argparse.Namespace) -> Seen:
 
 
 def _devices(args: argparse.Namespace) -> Seen:
-    prepare(args)
+    try:
+        prepare(args)
+    except LiveAvatarError:
+        prepare(argparse.Namespace(device="cpu"))  # for the checks after this one
+        raise
     local, cpu = jax.local_devices(), jax.default_backend() == "cpu"
     kinds = Counter(f"CPU, {os.cpu_count()} cores" if cpu else d.device_kind for d in local)
     seen = ", ".join(f"{number} x {kind}" for kind, number in kinds.items())
@@ -259,7 +263,8 @@ def _certificate(path: Path) -> Seen:
     try:
         chain = x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise LiveAvatarError(f"{path}: {error}; give a readable chain in PEM") from None
+        said = getattr(error, "strerror", None) or "no certificates in it"
+        raise LiveAvatarError(f"{path}: {said}; give a readable chain in PEM") from None
     left = min(one.not_valid_after_utc for one in chain) - datetime.now(UTC)
     seen = f"{chain[0].subject.rfc4514_string()}, {left.days} days left"
     if left.days < SOON:

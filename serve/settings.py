@@ -64,6 +64,9 @@ class Settings:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0, and finite")
         if self.viewers < 0:
             raise LiveAvatarError(f"viewers = {self.viewers} must be at least 0")
+        turns = any(url.startswith("turn") for url in self.ice)
+        if turns and not (self.turn_user and self.turn_password):
+            raise LiveAvatarError("ice names a TURN server; set turn_user and turn_password, too")
         if bool(self.certificate) != bool(self.certificate_key):
             raise LiveAvatarError("certificate and certificate_key go together; set both")
         if not 0 <= self.port < 65536:

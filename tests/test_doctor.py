@@ -111,13 +111,18 @@ def test_a_check_that_never_answers_is_left(monkeypatch):
     held.set()
 
 
-def test_a_device_that_is_not_there_is_a_failure_and_not_a_refusal(monkeypatch, capsys):
-    def none(args):
-        raise LiveAvatarError("--device tpu: no such device here; install it")
+def test_without_the_device_that_is_named_the_rest_is_looked_at(monkeypatch, capsys):
+    asked = []
 
-    monkeypatch.setattr(doctor, "prepare", none)
+    def prepare(args):
+        asked.append(args.device)
+        if args.device == "tpu":
+            raise LiveAvatarError("--device tpu: no such device here; install it")
+
+    monkeypatch.setattr(doctor, "prepare", prepare)
     assert cli.main(["doctor", "--device", "tpu", "--port", str(free_port())]) == 1
-    assert "-> install it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert asked == ["tpu", "cpu"] and "-> install it" in out and "puppet is whole" in out
 
 
 def test_it_looks_at_what_the_server_would_take(monkeypatch):
@@ -385,7 +390,7 @@ def test_a_chain_ends_with_its_first_end(tmp_path):
 def test_what_is_no_certificate_is_told(tmp_path):
     pytest.importorskip("cryptography", reason="needs the extra serve")
     (tmp_path / "a.pem").write_text("nothing")
-    assert says(see(doctor._certificate, tmp_path / "a.pem"), FAIL, "a.pem", "chain in PEM")
+    assert says(see(doctor._certificate, tmp_path / "a.pem"), FAIL, "a.pem: no cert", "in PEM")
     assert says(see(doctor._certificate, tmp_path / "b.pem"), FAIL, "No such file")
 
 

@@ -41,8 +41,8 @@ def test_yes_and_no_are_said_in_many_ways(text, value, file):
 
 
 def test_lists_are_split_at_commas():
-    said = read(["--ice", "stun:a:1, turn:b:2,"], {PREFIX + "KEYS": "one,two"})
-    assert said.ice == ("stun:a:1", "turn:b:2") and said.keys == ("one", "two")
+    said = read(["--ice", "stun:a:1, stun:b:2,"], {PREFIX + "KEYS": "one,two"})
+    assert said.ice == ("stun:a:1", "stun:b:2") and said.keys == ("one", "two")
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,11 @@ def test_no_text_is_more_than_refused(name, text):
         read([], {PREFIX + name: text})
     except LiveAvatarError as error:
         assert name.lower() in str(error).lower()
+
+
+def test_a_turn_server_without_a_login_is_refused():
+    """Browsers would throw at every call."""
+    with pytest.raises(LiveAvatarError, match="turn_user and turn_password"):
+        Settings(ice=("turn:turn.example.org",))
+    Settings(ice=("stun:stun.example.org",))
+    Settings(ice=("turn:turn.example.org",), turn_user="a", turn_password="b")
