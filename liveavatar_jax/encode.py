@@ -35,10 +35,10 @@ from liveavatar_jax.config import ModelConfig, from_dict
 from liveavatar_jax.data import speech
 from liveavatar_jax.data.filters import PAST, Dropped, Kept, Window, WindowConfig
 from liveavatar_jax.data.listing import Demand, Entry, Folder, Scores, read_list
-from liveavatar_jax.data.prompt import Tokenizer
+from liveavatar_jax.data.prompt import PROMPT, Tokenizer
 from liveavatar_jax.data.records import FPS, SUFFIX, About, BrokenRecord, Clip, pack, write_shard
 from liveavatar_jax.data.workers import Job, examined
-from liveavatar_jax.generate import PROMPT, ear
+from liveavatar_jax.generate import ear
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.player import load
 from liveavatar_jax.types import Array, Float, LiveAvatarError, UInt8

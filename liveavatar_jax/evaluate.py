@@ -26,9 +26,9 @@ from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig, change
 from liveavatar_jax.data import speech
 from liveavatar_jax.data.image import fit_portrait, read_picture, to_pixels
-from liveavatar_jax.data.prompt import Tokenizer
+from liveavatar_jax.data.prompt import PROMPT, Tokenizer
 from liveavatar_jax.data.takes import FPS, Take, read_takes
-from liveavatar_jax.generate import BLOCK, PROMPT, SAMPLES, ear, generate, with_lead
+from liveavatar_jax.generate import BLOCK, SAMPLES, ear, generate, with_lead
 from liveavatar_jax.generate import Request as Generate
 from liveavatar_jax.metrics import embeddings, page, verdict
 from liveavatar_jax.metrics.face import Faces

@@ -20,7 +20,7 @@ from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.data import speech
 from liveavatar_jax.data.audio import SAMPLE_RATE, read_audio
 from liveavatar_jax.data.image import Fit, load_portrait, to_pixels
-from liveavatar_jax.data.prompt import Tokenizer
+from liveavatar_jax.data.prompt import PROMPT, Tokenizer
 from liveavatar_jax.data.video import VideoWriter
 from liveavatar_jax.models.speech import SpeechEncoder, window_features
 from liveavatar_jax.parallel import hosts
@@ -35,7 +35,6 @@ BLOCK = 12  # video frames of a block
 SAMPLES = SAMPLE_RATE // FPS  # of one video frame
 AREA = 720 * 400  # of the picture, in pixels
 VISIBLE = 384  # rows of the video of a model that makes pictures below that
-PROMPT = "A person looks into the camera and speaks naturally, with lively expression."
 
 
 @dataclass(frozen=True)

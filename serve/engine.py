@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from liveavatar_jax.types import LiveAvatarError
 from serve.wire import (
     PER_FRAME,
     Block,
@@ -213,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(pipe, lambda report: Rows.load(args, report))
         return 0
+    except LiveAvatarError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
     except WireError:
         return 0  # the front is gone, and nobody is left to serve
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
 from serve import jobs, marks, rtc
 from serve.auth import Auth, Bucket, Denied, Grant, bearer
@@ -38,14 +39,13 @@ from serve.metrics import Metrics
 from serve.pictures import portrait
 from serve.sessions import Problem, Session, Sessions, lasting
 from serve.settings import Settings
-from serve.socket import MEDIA, PROMPT, RATES, Socket
-from serve.wire import FPS, PER_FRAME, RATE
+from serve.socket import CHARACTERS, MEDIA, RATES, Socket
+from serve.wire import FPS, RATE
 
 log = logging.getLogger("serve.front")
 
 PAGE = Path(__file__).parent / "page"
 PORTRAITS = PAGE / "portraits"
-DEFAULT_PROMPT = "A person looks into the camera and speaks naturally, with lively expression."
 TYPE = "https://liveavatar-jax.invalid/problems/"  # names, not addresses
 AUTHENTICATING = 10.0  # seconds that a socket may stay without a token
 PROTOCOL = "avatar.v1"
@@ -80,13 +80,12 @@ class Room(BaseModel):
 class Create(BaseModel):
     model_config = ConfigDict(extra="forbid")
     avatar: Face = Field(default_factory=Face)
-    prompt: str = Field(DEFAULT_PROMPT, min_length=1, max_length=PROMPT)
+    prompt: str = Field(PROMPT, min_length=1, max_length=CHARACTERS)
     seed: int = Field(0, ge=0, lt=2**31)
     live: bool = False  # sound of a microphone, which never stops
     idle: Literal["generate", "freeze"] = "generate"
     transport: Literal["any", "livekit"] = "any"
     livekit: Room | None = None
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
 
 
 class Front:
@@ -471,6 +470,3 @@ def _page(app: FastAPI, front: Front) -> None:
             "permissions-policy": "microphone=(self)",
             "referrer-policy": "no-referrer",
         })  # fmt: skip
-
-
-assert RATE == PER_FRAME * FPS

@@ -20,12 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import av
 import numpy as np
 from fastapi import Depends, FastAPI, File, Form, Response, UploadFile
 from fastapi.responses import FileResponse
 from PIL import Image
 
 from liveavatar_jax.data.audio import read_audio
+from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
 from serve import marks
 from serve.pictures import checked
@@ -242,8 +244,6 @@ def _said(line: str) -> str:
 
 
 def _size(video: Path) -> str:
-    import av
-
     with av.open(str(video)) as file:
         stream = file.streams.video[0]
         return f"{stream.width}x{stream.height}"
@@ -266,7 +266,7 @@ def routes(
         audio: Annotated[UploadFile, File()],
         input_reference: Annotated[UploadFile | None, File()] = None,
         avatar: Annotated[str, Form(max_length=64)] = "",
-        prompt: Annotated[str, Form(min_length=1, max_length=2000)] = "A person speaks.",
+        prompt: Annotated[str, Form(min_length=1, max_length=2000)] = PROMPT,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 0,
     ) -> Job:
         if input_reference is not None:

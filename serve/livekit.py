@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import soxr
-from PIL import Image
 
 from liveavatar_jax.types import LiveAvatarError
 from serve.clock import Shown
+from serve.pictures import enlarged
 from serve.sessions import Problem, Session
 from serve.wire import FPS, PER_FRAME, RATE
 
@@ -38,7 +38,6 @@ except ImportError:
 log = logging.getLogger("serve.livekit")
 
 BEHALF = "lk.publish_on_behalf"  # attribute of an avatar: the identity of its agent
-VISIBLE = 256  # rows of the video of a model that makes fewer: colours have half of them
 LAG = 2  # pairs that wait, above which those in which nobody speaks are dropped
 WAITS = FPS  # pairs that wait at most; of older ones only the count goes on
 QUEUE = 200  # milliseconds of sound that the track takes ahead
@@ -247,11 +246,8 @@ class AvatarGenerator(avatar.VideoGenerator):
 
 
 def _picture(frame: np.ndarray) -> rtc.VideoFrame:
+    frame = enlarged(frame)
     rows, columns, _ = frame.shape
-    if rows < VISIBLE:
-        columns, rows = VISIBLE // rows * columns, VISIBLE // rows * rows
-        shown = Image.fromarray(frame).resize((columns, rows), Image.Resampling.BICUBIC)
-        frame = np.asarray(shown)
     return rtc.VideoFrame(columns, rows, rtc.VideoBufferType.RGB24, frame.tobytes())
 
 

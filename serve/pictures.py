@@ -14,6 +14,7 @@ from serve.wire import FPS, RATE, Ready
 MOST = 12_000_000  # bytes of a portrait's file
 PIXELS = 40_000_000  # of a portrait; looked at before anything is decoded
 FORMATS = ("JPEG", "PNG", "WEBP")
+VISIBLE = 256  # rows of a video, below which it is enlarged: colours have half of them
 FRAGMENT = 240_000  # microseconds of a piece of MP4
 
 
@@ -49,6 +50,16 @@ def portrait(data: bytes, ready: Ready) -> np.ndarray:
     """A portrait of unknown origin in the model's size. Raises LiveAvatarError as `checked`."""
     size = (ready.height, ready.width)
     return fit_portrait(checked(data, size), size, above=0.25)
+
+
+def enlarged(frame: np.ndarray) -> np.ndarray:
+    """A frame as video codecs want it: a small one several times as large."""
+    rows, columns, _ = frame.shape
+    if rows >= VISIBLE:
+        return frame
+    scale = VISIBLE // rows
+    size = (scale * columns, scale * rows)
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
 def jpeg(frame: np.ndarray, quality: int = 88) -> bytes:

@@ -28,10 +28,11 @@ from aiortc import (
 )
 from aiortc.sdp import candidate_from_sdp
 from fastapi import Depends, FastAPI, Request, Response
-from PIL import Image
 
+from liveavatar_jax.types import LiveAvatarError
 from serve.auth import Grant
 from serve.clock import Shown
+from serve.pictures import enlarged
 from serve.sessions import Problem, Session, Sessions
 from serve.wire import FPS, PER_FRAME, RATE
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("serve.rtc")
 
 SDP = "application/sdp"
-VISIBLE = 256  # rows of the video of a model that makes fewer: colours have half of them
 WAITS = 8  # pairs that may wait for the encoder
 PACKET = RATE // 50  # samples of a packet of sound; of a longer frame all would have one stamp
 STILL = 6  # frames by which stamps may be behind the clock; more is a picture that stood still
@@ -85,12 +85,7 @@ class Out(MediaStreamTrack):
             frame = av.AudioFrame.from_ndarray(both[None], "s16", "stereo")
             frame.sample_rate, frame.pts, frame.time_base = RATE, at, Fraction(1, RATE)
             return frame
-        picture = shown.frame
-        if (rows := picture.shape[0]) < VISIBLE:
-            scale = VISIBLE // rows
-            size = (scale * picture.shape[1], scale * rows)
-            picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+        frame = av.VideoFrame.from_ndarray(enlarged(shown.frame), "rgb24")
         frame.pts, frame.time_base = at * (90_000 // FPS) // PER_FRAME, Fraction(1, 90_000)
         return frame
 
@@ -316,8 +311,6 @@ def routes(app: FastAPI, calls: Calls, sessions: Sessions, caller: Callable[...,
 
 
 def _range(text: str) -> range | None:
-    from liveavatar_jax.types import LiveAvatarError
-
     if not text:
         return None
     first, _, last = text.partition("-")

@@ -21,8 +21,6 @@ from serve.clock import Clock, Overflow, RealClock, Shown, Timeline, publish
 from serve.link import Link
 from serve.metrics import Metrics
 from serve.wire import (
-    FPS,
-    PER_FRAME,
     RATE,
     Block,
     Change,
@@ -283,7 +281,6 @@ class Session:
             "waiting_ms": round(1000 * self.timeline.waiting / RATE),
             "stall_ms": round(1000 * self.stalls),
             "gap_ms": round(1000 * self.timeline.gaps / RATE),
-            "skew_ms": 0,  # frame and samples are one item, up to the viewer's own buffers
             "viewers": sum(viewer.watching for viewer in self.viewers),
         }
 
@@ -481,6 +478,3 @@ class Sessions:
 def lasting(limits: Limits) -> float:
     """Seconds that a token must be good for."""
     return limits.longest + limits.grace
-
-
-assert PER_FRAME * FPS == RATE

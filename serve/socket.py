@@ -34,7 +34,7 @@ SLOW = 2 * FPS  # frames that may wait for a reader, before the oldest are dropp
 EVENTS = 1000  # messages that may; a reader who is that far behind is cut
 STUCK = 15.0  # seconds that one message may take to be sent
 MISTAKES = 20  # messages that are none, before the line is cut
-PROMPT = 2000  # characters
+CHARACTERS = 2000  # of a prompt
 
 
 class Mistake(Exception):
@@ -226,6 +226,6 @@ class Socket:
             prompt.encode()
         except UnicodeEncodeError:  # half of a pair, which no tokenizer takes
             prompt = ""
-        if not 0 < len(prompt) <= PROMPT:
-            raise Mistake(f"prompt is a text of 1 to {PROMPT} characters")
+        if not 0 < len(prompt) <= CHARACTERS:
+            raise Mistake(f"prompt is a text of 1 to {CHARACTERS} characters")
         self._session.change(prompt)

@@ -25,12 +25,11 @@ from liveavatar_jax.data.clips import DataConfig, Shards, Source, open_clips
 from liveavatar_jax.data.filters import Dropped, Kept, WindowConfig, examine, find_windows
 from liveavatar_jax.data.image import to_pixels
 from liveavatar_jax.data.listing import Demand, Entry, Folder, Found, Scores, read_list
-from liveavatar_jax.data.prompt import Tokenizer
+from liveavatar_jax.data.prompt import PROMPT, Tokenizer
 from liveavatar_jax.data.records import Clip
 from liveavatar_jax.data.video import VideoWriter
 from liveavatar_jax.data.workers import Job, examined
 from liveavatar_jax.encode import Captions, Networks, parse_part, parse_windows
-from liveavatar_jax.generate import PROMPT
 from liveavatar_jax.player import load
 from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -67,7 +68,7 @@ def problem(answer: httpx.Response, status: int, kind: str) -> dict:
 @in_loop
 async def test_a_session_from_its_creation_to_its_end():
     async with serving(slots=2) as served:
-        told = await served.create(metadata={"who": "a test"})
+        told = await served.create()
         assert told["state"] == "ready" and told["fps"] == 25 and told["sample_rate"] == RATE
         assert (told["size"], told["block_ms"], told["lookahead_blocks"]) == ([256, 256], 480, 2)
         async with joined(served, told) as line:
@@ -106,7 +107,7 @@ async def test_a_session_from_its_creation_to_its_end():
             await line.tell("ping", id="7")
             assert (await line.event("pong"))["id"] == "7"
             stats = await line.event("stats")
-            assert {"fps", "turn_ms", "buffer_ms", "stall_ms", "skew_ms"} <= set(stats)
+            assert {"fps", "turn_ms", "buffer_ms", "stall_ms"} <= set(stats)
 
             await line.say(tone(3.0))
             await line.event("speech.started", 2)
@@ -995,3 +996,15 @@ def test_settings_that_cannot_be_had_are_one_sentence(flags, words, capsys):
     assert main(["--engine", "mock", *flags]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("serve: ") and words in said[0]
+
+
+def test_an_engine_that_cannot_start_says_so_in_one_sentence(tmp_path):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-m", "serve.engine", "--fd", str(theirs.fileno())]
+        ran = subprocess.run(
+            [*command, "--weights", str(tmp_path / "none")], pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert ran.returncode == 2
+    assert re.fullmatch(r"serve: .*none is not a converted checkpoint; .*\n", ran.stderr)

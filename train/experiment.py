@@ -19,6 +19,14 @@ from liveavatar_jax.weights.wan import LORA_TARGETS
 LINEAR = ("encoder.look", "decoder.show")  # the linear code within a VAE
 
 
+def slowly(
+    optimiser: optax.GradientTransformation, factor: float, *beginnings: str
+) -> optax.GradientTransformation:
+    """Leaves whose paths begin so go at `factor` times the rate."""
+    chosen = lambda params: replace(params, {p: p.startswith(beginnings) for p in leaves(params)})
+    return optax.chain(optimiser, optax.masked(optax.scale(factor), chosen))
+
+
 def adam(rate: float) -> optax.GradientTransformation:
     """As the recipes of self-forcing have it: no momentum, for the target moves."""
     return optax.adamw(rate, 0.0, 0.999, weight_decay=0.01)
@@ -198,6 +206,4 @@ class Autoencoder:
     @property
     def optimiser(self) -> optax.GradientTransformation:
         rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, self.warm, self.steps)
-        linear = lambda params: replace(params, {p: p.startswith(LINEAR) for p in leaves(params)})
-        slowly = optax.masked(optax.scale(self.linear), linear)
-        return optax.chain(optax.adam(rate, 0.9, 0.98), slowly)
+        return slowly(optax.adam(rate, 0.9, 0.98), self.linear, *LINEAR)

@@ -46,7 +46,7 @@ from liveavatar_jax.types import LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
 from liveavatar_jax.weights.convert import TOKENIZER
 from train import autoencoder, export
-from train.experiment import Autoencoder
+from train.experiment import Autoencoder, slowly
 from train.networks import fresh
 from train.run import load
 from train.text import TEXT, TEXT_LEN
@@ -90,8 +90,7 @@ def focus() -> Focus:
 def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Adam. The convolutions that hear 1,920 inputs, none of which is centred, go slowly: at the
     full rate one step moves what they say by more than sound ever does."""
-    first = lambda params: replace(params, {p: p.startswith("audio.conv1") for p in leaves(params)})
-    return optax.chain(optax.adam(rate, 0.9, 0.98), optax.masked(optax.scale(0.05), first))
+    return slowly(optax.adam(rate, 0.9, 0.98), 0.05, "audio.conv1")
 
 
 # ---- the parts

@@ -3,10 +3,9 @@
     python -m train.puppets --model runs/puppet/model --out runs/puppet/shards --count 2000
 
 What `train.clips` would write as files and `liveavatar-jax encode` would read again is drawn and
-encoded here at once. References are the puppet at rest, as the portrait of a stream will be, and a
-frame of the clip, as a sink may become; the window has true frames before it. --model is a packed
-folder with the config, the VAE and the text encoder. A run that was stopped goes on at the shard
-that is missing.
+encoded here at once. The reference is the puppet at rest, as the portrait of a
+stream will be; the window has true frames before it. --model is a packed folder with the config,
+the VAE and the text encoder. A run that was stopped goes on at the shard that is missing.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from liveavatar_jax.models.mel import log_mel
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.player import load
 from liveavatar_jax.stream import MOTION_VIDEO_FRAMES
-from liveavatar_jax.types import Array, Float, Int, LiveAvatarError
+from liveavatar_jax.types import Array, Float, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
 from train.clips import Scene, stage
 
@@ -75,7 +74,7 @@ def write(
     # Two programs: convolutions in one that also draws take XLA's CPU compiler's slow way.
     draw = jax.jit(functools.partial(_drawn, size=size))
     encode = jax.jit(functools.partial(_encoded, cfg))
-    make = lambda drawn, heard, shown: encode(vae, *draw(drawn), heard, shown)
+    make = lambda drawn, heard: encode(vae, *draw(drawn), heard)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,19 +98,18 @@ def _clips(
     frames = MOTION_VIDEO_FRAMES + PER_LATENT * latents
     scenes = [stage(split, number, frames, seed) for number in numbers]
     texts = encode_prompts(model, cfg, [scene.caption for scene in scenes])
-    rng = np.random.default_rng((seed, numbers.start))
     for first in range(0, len(scenes), AT_ONCE):
         some = scenes[first : first + AT_ONCE]
         filled = some + some[-1:] * (AT_ONCE - len(some))  # one compiled program for all calls
         heard = np.stack([sounding(cfg, scene.said.waveform) for scene in filled])
-        made = make(_drawn_by(filled), heard, rng.integers(frames, size=AT_ONCE))
-        video, references, stills, audio = (np.asarray(x, np.float16) for x in made)
+        made = make(_drawn_by(filled), heard)
+        video, reference, still, audio = (np.asarray(x, np.float16) for x in made)
         for i, scene in enumerate(some):
             yield Clip(
                 latents=video[i, -latents:],
                 motion=video[i, :-latents],
-                references=references[i],
-                stills=stills[i],
+                references=reference[i],
+                stills=still[i][None],
                 text=np.asarray(texts[first + i], np.float16),
                 audio=audio[i, MOTION_VIDEO_FRAMES:],
                 about=About(
@@ -148,22 +146,14 @@ def _drawn(drawn: Any, size: int) -> tuple[Array, Array]:
 
 
 def _encoded(
-    cfg: ModelConfig,
-    vae: VAE,
-    video: Array,
-    portrait: Array,
-    heard: Float[Array, "b samples"],
-    shown: Int[Array, " b"],
+    cfg: ModelConfig, vae: VAE, video: Array, portrait: Array, heard: Float[Array, "b samples"]
 ) -> tuple[Array, ...]:
-    """Latents of the clips; of the puppets at rest and of frame `shown`, and of both standing
-    still; and what is heard."""
+    """Latents of the clips, of the puppets at rest, of that standing still; and what is heard."""
     assert cfg.log_mel is not None
     latents, _ = vae.encode(video)
-    pictures = [portrait, jnp.take_along_axis(video, shown[:, None, None, None, None], axis=1)]
-    references = [vae.encode(x)[0][:, 0] for x in pictures]
-    stills = [vae.encode(jnp.repeat(x, MOTION_VIDEO_FRAMES, axis=1))[0] for x in pictures]
-    heard = log_mel(heard, cfg.log_mel)
-    return latents, jnp.stack(references, axis=1), jnp.stack(stills, axis=1), heard
+    reference, _ = vae.encode(portrait)
+    still, _ = vae.encode(jnp.repeat(portrait, MOTION_VIDEO_FRAMES, axis=1))
+    return latents, reference, still, log_mel(heard, cfg.log_mel)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,9 @@ from tqdm import tqdm
 from liveavatar_jax.config import TextConfig
 from liveavatar_jax.data import captions
 from liveavatar_jax.data.captions import EXPRESSIONS, Caption
-from liveavatar_jax.data.prompt import Tokenizer, clean
+from liveavatar_jax.data.prompt import PROMPT, Tokenizer, clean
 from liveavatar_jax.data.puppet import IDENTITY_NOISE, identity, traits
 from liveavatar_jax.devices import prepare
-from liveavatar_jax.generate import PROMPT
 from liveavatar_jax.models.layers import Linear
 from liveavatar_jax.models.text import TextEncoder
 from liveavatar_jax.types import Array, Float, Int, LiveAvatarError, struct

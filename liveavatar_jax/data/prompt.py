@@ -11,6 +11,7 @@ import sentencepiece
 
 from liveavatar_jax.types import LiveAvatarError
 
+PROMPT = "A person looks into the camera and speaks naturally, with lively expression."  # default
 # where the published folder keeps the model, then what other copies of it are called
 PATTERNS = ("google/umt5-xxl/spiece.model", "spiece.model", "sentencepiece*.model", "*.model")
 
