@@ -16,7 +16,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, adam, focus
 
-STEPS = 3300
+STEPS = 4000
 
 
 def config() -> Forcing:
@@ -25,7 +25,7 @@ def config() -> Forcing:
         model=load_config(MODEL),
         start=str(OUT / "teacher_model"),
         adapters=None,
-        objective=DiffusionForcing(shift=4.0, bell=False, focus=focus(), clean=True),
+        objective=DiffusionForcing(shift=2.0, bell=False, focus=focus(), clean=True, together=0.5),
         optimiser=adam(rate),
         motion="still",
         scaffold=False,

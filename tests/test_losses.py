@@ -221,6 +221,18 @@ def test_flow_matching_has_one_level_a_clip():
     assert DiffusionForcing.causal and not FlowMatching.causal
 
 
+@pytest.mark.parametrize("together", [0.0, 0.5, 1.0])
+def test_a_share_of_clips_has_one_level_for_all_blocks(together):
+    """As in the stream, where history keeps the level of its own step."""
+    clips = jnp.zeros((400, 6, 1, 1, 1))
+    draw = lambda share: np.asarray(DiffusionForcing(together=share)._draw(clips, KEY, 3)[0])
+    row, apart = draw(together), draw(0.0)
+    one = row[:, 0] == row[:, -1]
+    assert abs(one.mean() - together) < 0.08
+    np.testing.assert_array_equal(row[~one], apart[~one])
+    np.testing.assert_array_equal(row[:, :3], apart[:, :3])
+
+
 @pytest.mark.parametrize("make", [DiffusionForcing, FlowMatching, TeacherForcing])
 def test_errors_of_clean_latents(make):
     """They are those of the velocity times the level."""

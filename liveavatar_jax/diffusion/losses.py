@@ -109,6 +109,8 @@ class DiffusionForcing(nnx.Module):
     around the middle of the shifted timesteps. `focus` weights rows and columns of the latents,
     and channels where it has these.
     `clean` takes the error of the clean latents, which is that of the velocity times the level.
+    `together` is the share of clips with one level for all blocks, as the stream has it where
+    history keeps the level of its own step.
     """
 
     causal = True  # the network sees no later block
@@ -119,8 +121,10 @@ class DiffusionForcing(nnx.Module):
         bell: bool = True,
         focus: Focus | None = None,
         clean: bool = False,
+        together: float = 0.0,
     ):
         self.shift, self.bell, self.focus, self.clean = shift, bell, focus, clean
+        self.together = together
 
     def __call__(
         self, velocity: Callable[..., Clip], clean: Clip, key: Key[Array, ""], block_frames: int
@@ -154,6 +158,8 @@ class DiffusionForcing(nnx.Module):
         blocks = -(-f // size)
         keys = jax.random.split(key)
         row = jax.random.randint(keys[0], (b, blocks), 0, TRAIN_STEPS)
+        same = jax.random.uniform(jax.random.fold_in(key, 2), (b, 1)) < self.together
+        row = jnp.where(same, row[:, :1], row)
         row = jnp.repeat(row, size, axis=1)[:, :f]
         return row, jax.random.normal(keys[1], clean.shape)
 
