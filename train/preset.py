@@ -78,8 +78,9 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
 
 def focus() -> Focus:
     """How much each latent counts: as much as it changes pixels, by the linear code of the VAE,
-    and a quarter of the mean at least: what makes the picture sharp changes few. Around mouths four times that, and where they open 40 times: else what sound explains is a
-    twentieth of the error, and networks learn to shut it out before they learn to use it."""
+    and a quarter of the mean at least: what makes pictures sharp changes few. Around mouths four
+    times that, and where they open 40 times: else what sound explains is a twentieth of the error,
+    and networks learn to shut it out before they learn to use it."""
     cfg = checkpoint.load_config(MODEL)
     kernel = np.asarray(load_network(MODEL, "vae", "float32").decoder.show.kernel[...])
     weight = np.sum(kernel**2, axis=-1) * np.square(cfg.vae.latent_std)
