@@ -12,7 +12,7 @@ from liveavatar_jax.diffusion.losses import DMD, Critic, Guidance, Levels
 from liveavatar_jax.diffusion.rollout import Policy
 from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Distill, Schedule
-from train.preset import MODEL, OUT, SHARDS
+from train.preset import MODEL, OUT, SHARDS, focus
 
 STEPS, RATIO = 660, 3
 
@@ -27,8 +27,8 @@ def config() -> Distill:
         weights=str(OUT / "teacher_model"),
         start=str(OUT / "forcing_model"),
         adapters=None,
-        objective=DMD(Guidance(1.0, 1.0), levels),
-        critic=Critic(levels, clean=True),
+        objective=DMD(Guidance(1.0, 1.0), levels, focus()),
+        critic=Critic(levels, clean=True, focus=focus()),
         optimiser=adam(1.5e-4, STEPS // RATIO),
         critic_optimiser=adam(4e-4, STEPS),
         schedule=Schedule(RATIO),

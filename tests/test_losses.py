@@ -278,6 +278,21 @@ def test_focus_weighs_rows_and_columns(bell):
         DiffusionForcing(focus=((1.0, 1.0, 1.0),) * 2)(zero, X, KEY, 3)
 
 
+def test_focus_weighs_stage_2_as_well():
+    """The gradient of the student, and the critic's errors, as it weights errors in stage 1."""
+    focus = tuple(tuple(float(1 + 3 * (i == 1 and j > 1)) for j in range(4)) for i in range(2))
+    weights = (np.array(focus) / np.mean(focus))[None, None, :, :, None]
+    plain, _ = DMD()(X, SCORES, KEY)
+    gradient, _ = DMD(focus=focus)(X, SCORES, KEY)
+    np.testing.assert_allclose(gradient, plain * weights, rtol=1e-5)
+    still = Scores(SCORES.teacher, lambda x, sigma: jnp.zeros_like(x))
+    loss, _ = Critic(focus=focus)(X, still, None, KEY)
+    noise = np.asarray(Levels().noised(X, KEY)[1])
+    np.testing.assert_allclose(loss, np.mean((noise - np.asarray(X)) ** 2 * weights), rtol=1e-5)
+    with pytest.raises(LiveAvatarError, match=r"focus weights \(2, 3\) rows and columns"):
+        Critic(focus=((1.0, 1.0, 1.0),) * 2)(X, still, None, KEY)
+
+
 @pytest.mark.parametrize("augment", [0.0, 0.3])
 def test_teacher_forcing_shows_the_real_past(augment):
     def velocity(x, sigma, past):

@@ -142,13 +142,7 @@ class DiffusionForcing(nnx.Module):
             error = error * _over(levels, clean) ** 2
         seen = {"flow_error": jnp.mean(error)}
         if self.focus is not None:
-            focus = jnp.asarray(self.focus, jnp.float32)
-            if focus.shape not in (clean.shape[2:4], clean.shape[2:]):
-                raise LiveAvatarError(
-                    f"focus weights {focus.shape} rows and columns of latents that have "
-                    f"{clean.shape[2:4]}"
-                )
-            error = error * _grid(focus)
+            error = error * _weights(self.focus, clean)
             seen["focus_error"] = jnp.mean(error)
         error = jnp.mean(error, axis=(2, 3, 4))
         return jnp.mean(weight * error) if self.bell else jnp.mean(error), seen
@@ -206,11 +200,17 @@ class DMD(nnx.Module):
     """Distribution matching distillation (arXiv 2311.18828), as Self-Forcing has it.
 
     dL/dx is the critic's clean clip minus the teacher's, over the mean distance of the clip from
-    the teacher's (of each row by itself), over the number of elements.
+    the teacher's (of each row by itself), over the number of elements. `focus` weights it as it
+    weights errors in stage 1.
     """
 
-    def __init__(self, guidance: Guidance = Guidance(), levels: Levels = Levels()):
-        self.guidance, self.levels = guidance, levels
+    def __init__(
+        self,
+        guidance: Guidance = Guidance(),
+        levels: Levels = Levels(),
+        focus: Focus | None = None,
+    ):
+        self.guidance, self.levels, self.focus = guidance, levels, focus
 
     def __call__(self, x: Clip, scores: Scores, key: Key[Array, ""]) -> tuple[Clip, Metrics]:
         x = _wide(x)
@@ -219,6 +219,8 @@ class DMD(nnx.Module):
         velocity = self.guidance.velocity(scores.teacher, noisy, sigma)
         real = clean_from(noisy, velocity, _over(sigma, x))
         gradient = (fake - real) / _distance(x, real) / x.size
+        if self.focus is not None:
+            gradient = gradient * _weights(self.focus, x)
         return gradient, {"dmd_gradient": jnp.sqrt(jnp.mean((gradient * x.size) ** 2))}
 
 
@@ -291,10 +293,10 @@ class Adversarial(nnx.Module):
 
 
 class Critic(nnx.Module):
-    """Flow matching on generated clips, without weights or guidance; `clean` as in stage 1."""
+    """Flow matching on generated clips, unguided; `clean` and `focus` as in stage 1."""
 
-    def __init__(self, levels: Levels = Levels(), clean: bool = False):
-        self.levels, self.clean = levels, clean
+    def __init__(self, levels: Levels = Levels(), clean: bool = False, focus: Focus | None = None):
+        self.levels, self.clean, self.focus = levels, clean, focus
 
     def __call__(
         self, x: Clip, scores: Scores, real: Clip | None, key: Key[Array, ""]
@@ -303,7 +305,10 @@ class Critic(nnx.Module):
         x = _wide(x)
         noisy, noise, sigma = self.levels.noised(x, key)
         error = _wide(scores.critic(noisy, sigma)) - target(x, noise)
-        loss = jnp.mean((_over(sigma, x) * error if self.clean else error) ** 2)
+        error = (_over(sigma, x) * error if self.clean else error) ** 2
+        if self.focus is not None:
+            error = error * _weights(self.focus, x)
+        loss = jnp.mean(error)
         return loss, {"critic_loss": loss}
 
 
@@ -368,9 +373,14 @@ def _distance(x: Clip, real: Clip) -> Float[Array, "b 1 1 1 1"]:
     return jnp.maximum(jnp.mean(jnp.abs(x - real), axis=(1, 2, 3, 4), keepdims=True), 1e-6)
 
 
-def _grid(focus: Float[Array, "h w *c"]) -> Float[Array, "1 1 h w #c"]:
-    """Weights of mean 1."""
-    return (focus / jnp.mean(focus)).reshape(1, 1, *focus.shape[:2], -1)
+def _weights(focus: Focus, x: Clip) -> Float[Array, "1 1 h w #c"]:
+    """Of mean 1, for a clip. Raises LiveAvatarError when they have another grid."""
+    grid = jnp.asarray(focus, jnp.float32)
+    if grid.shape not in (x.shape[2:4], x.shape[2:]):
+        raise LiveAvatarError(
+            f"focus weights {grid.shape} rows and columns of latents that have {x.shape[2:4]}"
+        )
+    return (grid / jnp.mean(grid)).reshape(1, 1, *grid.shape[:2], -1)
 
 
 def _over(value: Array, x: Array) -> Array:
