@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--port", type=int, default=said("PORT") or 8080, help="(default: %(default)s)")
     p.add_argument("--udp", metavar="RANGE", default=said("UDP"), help="as 50000-50099")
     p.add_argument("--ice", metavar="URL,URL", default=said("ICE"), help="stun: and turn: servers")
+    p.add_argument("--turn-secret", metavar="TEXT", default=said("TURN_SECRET"))
     p.add_argument("--turn-user", metavar="NAME", default=said("TURN_USER"))
     p.add_argument("--turn-password", metavar="TEXT", default=said("TURN_PASSWORD"))
     p.add_argument("--certificate", type=Path, metavar="FILE", default=said("CERTIFICATE") or None,

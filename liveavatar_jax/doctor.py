@@ -191,10 +191,15 @@ CHECKS: dict[str, Callable[[argparse.Namespace], Seen]] = {
 
 def _serving(args: argparse.Namespace) -> list[tuple[str, Callable[[], Seen]]]:
     urls = [url.strip() for url in args.ice.split(",") if url.strip()]
+    login = (args.turn_user, args.turn_password)
+    if args.turn_secret:
+        from serve import ice  # it wants the extra
+
+        login = tuple(ice.login(args.turn_secret, "doctor", 2 * PATIENCE).values())
     return [
         ("port", partial(_port, args.host, args.port)),
         *[("udp", partial(_udp, args.udp))] * bool(args.udp),
-        *[("ice", partial(_ice, url, args.turn_user, args.turn_password)) for url in urls],
+        *[("ice", partial(_ice, url, *login)) for url in urls],
         *[("certificate", partial(_certificate, args.certificate))] * bool(args.certificate),
     ]
 
@@ -242,16 +247,17 @@ def _ice(url: str, user: str, password: str) -> Seen:
 
     turn = url.startswith("turn")
     if turn and not (user and password):
-        raise LiveAvatarError(f"{url}: TURN wants a user; give --turn-user and --turn-password")
+        raise LiveAvatarError(f"{url}: TURN wants a user; give --turn-secret, or --turn-user and "
+                              "--turn-password")  # fmt: skip
     try:
         found = asyncio.run(asyncio.wait_for(gathered(), WAIT))
     except TimeoutError:
         raise LiveAvatarError(f"{url}: no answer within {WAIT:g} s; start it, or open its port: "
-                              "every call waits for it") from None  # fmt: skip
+                              "every call waits a second for it") from None  # fmt: skip
     except ValueError:
         found = []
     if not found:
-        raise LiveAvatarError(f"{url} gives no address; is it up, are name, user and password "
+        raise LiveAvatarError(f"{url} gives no address; is it up, are name and password or secret "
                               "right? (stun:HOST:PORT or turn:HOST:PORT, no IPv6)")  # fmt: skip
     return Seen(OK, f"{url} {'relays from' if turn else 'sees us at'} {found[0].replace(' ', ':')}")
 

@@ -47,7 +47,9 @@ class Rows:
         self.left = self._window.left
         self._hops = [0] * slots
         self._moments = [speech.PRIOR] * slots
-        self.ready = Ready(folder.name, size[1], size[0], slots, BLOCK, self._window.ahead, 0)
+        self.ready = Ready(
+            folder.name, size[1], size[0], slots, BLOCK, self._window.ahead, 0, together=True
+        )
         report("compile", 0.4)
         self._compile(size, report)
         report("warm", 0.9)

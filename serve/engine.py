@@ -111,6 +111,7 @@ class Engine:
         self.maker, self.say = maker, say
         self.seats: dict[str, Seat] = {}
         self.free = list(range(maker.ready.slots))
+        self._sent = 0.0  # seconds that the pipe took for the last block
 
     def hear(self, message: Any) -> None:
         """One message of the front. What names no session that is there is late, and ignored."""
@@ -139,11 +140,15 @@ class Engine:
             return False
         begun = time.monotonic()
         made = self.maker.make(windows)
-        seconds = {"make": time.monotonic() - begun}
+        took = time.monotonic() - begun
+        if made and not self.maker.ready.together:
+            took /= len(made)
         for seat in self.seats.values():
             if seat.slot in made and seat.flight:
                 epoch, first = seat.flight.popleft()
+                seconds, begun = {"make": took, "send": self._sent}, time.monotonic()
                 self.say(Block(seat.session, epoch, first, made[seat.slot], seconds))
+                self._sent = time.monotonic() - begun
         return True
 
     def _open(self, message: Open) -> None:
@@ -190,6 +195,8 @@ def run(pipe: Pipe, make: Any) -> None:
                 return
             engine.hear(message)
             wait = False
+            if isinstance(message, Open):
+                break  # those who are there get their blocks before the next one is opened
         busy = engine.tick()
 
 

@@ -170,7 +170,7 @@ class Front:
                 "events": f"/v1/sessions/{session.id}/events",
                 "rtc": f"/v1/sessions/{session.id}/rtc",
             },
-            "ice_servers": self.rtc.servers(),
+            "ice_servers": self.rtc.servers(session),
         }
 
     def _tokens(self, session: Session) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def make(settings: Settings) -> FastAPI:
 
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"],
-            allow_headers=["authorization", "content-type"], expose_headers=["location"],
+            allow_headers=["authorization", "content-type"], expose_headers=["location", "link"],
         )  # fmt: skip
     _answers(app)
     _operations(app, front)

@@ -36,5 +36,6 @@ class Metrics:
         self.dropped = counter("la_frames_dropped", "frames nobody saw", "why")
         self.gaps = counter("la_input_gap_seconds", "silence put into speech that came late")
         self.buffer = gauge("la_buffer_seconds", "picture made and not shown, the least of all")
+        self.load = gauge("la_load", "of real time, that one session more would make it need", "of")
         self.restarts = counter("la_engine_restarts", "engines started again")
         self.ready = gauge("la_engine_ready", "1 when warm")

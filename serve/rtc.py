@@ -1,9 +1,9 @@
 """A session over WebRTC: a browser's microphone in, the avatar out. Signalling has the shape of
 WHIP (RFC 9725): the offer is posted, the answer comes back, the call has an address of its own.
 
-Sound that comes in is placed by its time stamps, and what the network lost is silence: the
-receiver throws packets away in bursts, and counting them would put lips off by seconds. What goes
-out has stamps from the one count of samples, so picture and sound cannot drift apart.
+Sound that comes in is placed by its time stamps, and what the network lost is silence: counting
+packets would put lips off by seconds. What goes out has stamps from the one count of samples, so
+picture and sound cannot drift apart.
 """
 
 import asyncio
@@ -26,10 +26,12 @@ from aiortc import (
     RTCPeerConnection,
     RTCSessionDescription,
 )
+from aiortc.jitterbuffer import MAX_MISORDER, JitterFrame
 from aiortc.sdp import candidate_from_sdp
 from fastapi import Depends, FastAPI, Request, Response
 
 from liveavatar_jax.types import LiveAvatarError
+from serve import ice
 from serve.auth import Grant
 from serve.clock import Shown
 from serve.pictures import enlarged
@@ -92,6 +94,22 @@ class Out(MediaStreamTrack):
     def stop(self) -> None:
         super().stop()
         self._more.set()
+
+
+class Onward:
+    """Packets of sound as they come, but for those that come twice or were overtaken. It stands in
+    for aiortc's buffer, which waits for four in a row and, once one was lost, stays 0.3 s behind
+    and throws away several with each; `Placed` needs no order but this."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def add(self, packet: Any) -> tuple[bool, JitterFrame | None]:
+        number = packet.sequence_number
+        if self._last is not None and (self._last - number) % 65536 < MAX_MISORDER:
+            return False, None
+        self._last = number
+        return False, JitterFrame(packet._data, packet.timestamp)
 
 
 class Placed:
@@ -163,6 +181,7 @@ class Call:
             await self.peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
             if not self.peer.getTransceivers():
                 raise ValueError("neither picture nor sound")
+            ice.hurry(self.peer)
             for transceiver in self.peer.getTransceivers():
                 if transceiver.kind == "video":
                     transceiver.sender.replaceTrack(self._video)
@@ -170,6 +189,7 @@ class Call:
                 else:
                     transceiver.sender.replaceTrack(self._audio)
                     transceiver.direction = "sendrecv" if self._speaks else "sendonly"
+                    vars(transceiver.receiver)["_RTCRtpReceiver__jitter_buffer"] = Onward()
             await self.peer.setLocalDescription(await self.peer.createAnswer())
         except Exception as error:  # aiortc raises anything on what it cannot parse
             await self.hang_up()
@@ -243,18 +263,15 @@ class Calls:
         self._ports = _range(settings.udp)
         self._bound = False
 
-    def servers(self) -> list[dict[str, Any]]:
+    def servers(self, session: Session) -> list[dict[str, Any]]:
         """As a browser wants them."""
-        settings = self._settings
-        known = {"username": settings.turn_user, "credential": settings.turn_password}
-        return [{"urls": [url]} | (known if url.startswith("turn") else {})
-                for url in settings.ice]  # fmt: skip
+        return ice.servers(self._settings, session.id)
 
     async def call(self, session: Session, offer: str, speaks: bool) -> tuple[Call, str]:
         if self._ports and not self._bound:
             _keep_to(asyncio.get_running_loop(), self._ports)
             self._bound = True
-        servers = [RTCIceServer(**server) for server in self.servers()]
+        servers = [RTCIceServer(**server) for server in self.servers(session)]
         call = Call(session, speaks, RTCConfiguration(servers))
         answer = await call.answer(offer)
         self._calls = {name: one for name, one in self._calls.items() if not one._gone}
@@ -279,12 +296,11 @@ def routes(app: FastAPI, calls: Calls, sessions: Sessions, caller: Callable[...,
         if request.headers.get("content-type", "").split(";")[0] != SDP:
             raise Problem(415, "bad-type", f"send the offer as {SDP}")
         offer = (await request.body())[:200_000].decode("utf-8", "replace")
-        call, answer = await calls.call(sessions.get(session), offer, speaks)
+        found = sessions.get(session)
+        call, answer = await calls.call(found, offer, speaks)
         headers = {"location": f"/v1/sessions/{session}/rtc/{call.id}", "etag": f'"{call.id}"'}
-        links = [f'<{url}>; rel="ice-server"' for server in calls.servers()
-                 for url in server["urls"]]  # fmt: skip
-        if links:
-            headers["link"] = ", ".join(links)
+        if links := ice.links(calls.servers(found)):
+            headers["link"] = links
         return Response(answer, 201, headers, media_type=SDP)
 
     @app.post(at, status_code=201)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from serve.clock import Clock, Overflow, RealClock, Shown, Timeline, publish
+from serve.headroom import Pulse, Work
 from serve.link import Link
 from serve.metrics import Metrics
 from serve.wire import (
@@ -58,7 +59,7 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Seconds, but for `lookahead`, blocks, and `viewers`."""
+    """Seconds, but for `lookahead`, blocks, `viewers`, and `busy`, a share of real time."""
 
     longest: float = 3600.0
     idle: float = 300.0  # nobody speaks
@@ -66,6 +67,7 @@ class Limits:
     speech: float = 120.0  # of sound that may wait
     lookahead: int = 2
     viewers: int = 4
+    busy: float = 0.6  # that an engine, and the front, may need with one session more
 
 
 class Problem(Exception):
@@ -93,6 +95,7 @@ class Worker:
 
     link: Link
     held: set[str] = dataclasses.field(default_factory=set)
+    work: Work = dataclasses.field(default_factory=Work)
 
     @property
     def ready(self) -> Ready | None:
@@ -101,6 +104,11 @@ class Worker:
     @property
     def free(self) -> int:
         return 0 if self.ready is None else self.ready.slots - len(self.held)
+
+    @property
+    def load(self) -> float:
+        """The share of real time that it would need with one session more."""
+        return 0.0 if self.ready is None else self.work.share(len(self.held) + 1, self.ready)
 
 
 class Session:
@@ -127,6 +135,9 @@ class Session:
         self._clock = clock
         self._asked: collections.deque[float] = collections.deque()
         self._arrived = 0.0  # when the last block did
+        # Of the last blocks: their first sample, when they were asked for, and when they came.
+        self._blocks: collections.deque[tuple[int, float, float]]
+        self._blocks = collections.deque(maxlen=limits.lookahead + 4)
         # The first of the samples that came in at once, and when.
         self._came: collections.deque[tuple[int, float]] = collections.deque(maxlen=10_000)
         self._shown = 0
@@ -164,6 +175,7 @@ class Session:
         begun, played = self._clock.now(), self.timeline.clear()
         self.worker.link.send(Clear(self.id, self.timeline.epoch))
         self._asked.clear()
+        self._blocks.clear()
         self._came.clear()
         played_ms = round(1000 * played)
         for viewer in list(self.viewers):
@@ -211,7 +223,9 @@ class Session:
             return
         now = self._clock.now()
         if message.epoch == self.timeline.epoch and self._asked:
-            took = now - max(self._asked.popleft(), self._arrived)  # without its wait in a queue
+            asked = self._asked.popleft()
+            self._blocks.append((message.first, asked, now))
+            took = now - max(asked, self._arrived)  # without its wait in a queue
             low, high = MARGIN
             wanted = min(high, max(low, 0.08 + 1.5 * took))
             # Up at once, down slowly: an engine that was late once may be so again.
@@ -239,16 +253,25 @@ class Session:
         for kind, fields in shown.events:
             if kind == "speech.started":
                 self._become("speaking")
-                turn = self._clock.now() - self._since(fields["source"])
-                self.turns.append(turn)
-                self.metrics.turn.observe(turn)
-                fields = {"at_sample": fields["at_sample"], "turn_ms": round(1000 * turn)}
+                fields = self._turn(**fields)
             else:
                 self._become("ready")
             self.tell(kind, **fields)
         for viewer in list(self.viewers):
             if viewer.watching:
                 viewer.show(shown)
+
+    def _turn(self, at_sample: int, source: int) -> dict[str, Any]:
+        """How long speech took from its first sample in to its frame out, and where."""
+        began, now = self._since(source), self._clock.now()
+        _, asked, came = next(block for block in reversed(self._blocks) if block[0] <= at_sample)
+        self.turns.append(now - began)
+        self.metrics.turn.observe(now - began)
+        spent = {"turn": now - began, "fill": asked - began, "make": came - asked,
+                 "clock": now - came}  # fmt: skip
+        return {"at_sample": at_sample} | {
+            f"{name}_ms": round(1000 * seconds) for name, seconds in spent.items()
+        }
 
     def _since(self, source: int) -> float:
         """When a sample came in."""
@@ -341,6 +364,7 @@ class Sessions:
     ):  # fmt: skip
         self.limits, self.metrics, self._mark = limits, metrics, mark
         self.clock: Clock = clock or RealClock()
+        self.pulse = Pulse(self.clock)
         self.all: dict[str, Session] = {}
         self.draining = False
         self.workers: list[Worker] = []
@@ -354,7 +378,8 @@ class Sessions:
         """Engines and the watch over sessions, until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                for job in (*(worker.link.run() for worker in self.workers), self._watch()):
+                jobs = (self._watch(), self.pulse.run(lambda: len(self.all)))
+                for job in (*(worker.link.run() for worker in self.workers), *jobs):
                     group.create_task(job)
         finally:
             for session in list(self.all.values()):
@@ -375,7 +400,7 @@ class Sessions:
     ) -> Session:  # fmt: skip
         """A session that is open. picture: makes the portrait for the model's size. Raises Problem
         when there is no place, before those that run would notice."""
-        worker = max(self.workers, key=lambda worker: worker.free)
+        worker = max(self.workers, key=lambda worker: (self._room(worker), worker.free))
         if self.draining:
             self._refuse("draining", 503, "this server is going down", 30.0)
         if worker.ready is None:
@@ -385,6 +410,8 @@ class Sessions:
             )
         if worker.free < 1:
             self._refuse("no-free-slot", 429, "all places are taken; try again later", 10.0)
+        if not self._room(worker) or (self.all and self.load > self.limits.busy):
+            self._refuse("busy", 429, "no time is left for one more; try again later", 5.0)
         assert worker.ready is not None
         session = Session(
             worker, worker.ready, self.limits, self.metrics, self.clock, live=live, freeze=freeze,
@@ -431,6 +458,15 @@ class Sessions:
         for session in list(self.all.values()):
             self.close(session, "draining")
 
+    @property
+    def load(self) -> float:
+        """The share of real time that the front would need with one session more."""
+        return self.pulse.share(len(self.all) + 1)
+
+    def _room(self, worker: Worker) -> bool:
+        """Whether those whom it has would not notice another one."""
+        return worker.free > 0 and (not worker.held or worker.load <= self.limits.busy)
+
     def _refuse(self, kind: str, status: int, detail: str, after: float) -> None:
         self.metrics.admissions.labels(kind).inc()
         raise Problem(status, kind, detail, after)
@@ -440,6 +476,8 @@ class Sessions:
             case Ready():
                 self.metrics.ready.set(1)
             case Opened(name) | Block(session=name) if name in self.all:
+                if isinstance(message, Block):
+                    worker.work.add(self.clock.now(), message)
                 try:
                     self.all[name].hear(message)
                 except ValueError as error:
@@ -458,6 +496,7 @@ class Sessions:
             if session.worker is worker:
                 self.close(session, "engine", f"the engine was lost ({reason})")
         worker.held.clear()
+        worker.work = Work()
 
     async def _watch(self) -> None:
         while True:
@@ -467,6 +506,8 @@ class Sessions:
                 self.metrics.sessions.labels(state).set(states[state])
             buffers = [session.timeline.buffered for session in self.all.values()]
             self.metrics.buffer.set(min(buffers, default=0.0))
+            self.metrics.load.labels("front").set(self.load)
+            self.metrics.load.labels("engine").set(max(worker.load for worker in self.workers))
             for session in list(self.all.values()):
                 session.settle()
                 if (reason := session.overdue()) is not None:

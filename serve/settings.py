@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from liveavatar_jax.types import LiveAvatarError
+from serve import ice
 from serve.sessions import Limits
 
 PREFIX = "AVATAR_SERVE_"
@@ -41,6 +42,7 @@ class Settings:
     rate: float = 2.0  # sessions that an address may create a second
     drain: float = 30.0  # seconds for who is there, on the way down
     ice: tuple[str, ...] = ()  # stun: and turn: URLs for browsers and us
+    turn_secret: str = ""  # shared with it: each session gets a login that ends; else one for all
     turn_user: str = ""
     turn_password: str = ""
     udp: str = ""  # ports for WebRTC, as 50000-50099; any when empty
@@ -50,6 +52,7 @@ class Settings:
     grace: float = Limits.grace
     lookahead: int = Limits.lookahead
     viewers: int = Limits.viewers
+    busy: float = Limits.busy  # of real time, that one session more may make engine or front need
 
     def __post_init__(self):
         if self.engine not in ("model", "mock"):
@@ -59,14 +62,12 @@ class Settings:
         for name in ("workers", "slots", "lookahead", "max_body"):
             if getattr(self, name) < 1:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("longest", "idle", "grace", "rate", "drain"):
+        for name in ("longest", "idle", "grace", "rate", "drain", "busy"):
             if not 0 < getattr(self, name) < math.inf:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0, and finite")
         if self.viewers < 0:
             raise LiveAvatarError(f"viewers = {self.viewers} must be at least 0")
-        turns = any(url.startswith("turn") for url in self.ice)
-        if turns and not (self.turn_user and self.turn_password):
-            raise LiveAvatarError("ice names a TURN server; set turn_user and turn_password, too")
+        ice.check(self)
         if bool(self.certificate) != bool(self.certificate_key):
             raise LiveAvatarError("certificate and certificate_key go together; set both")
         if not 0 <= self.port < 65536:
@@ -91,7 +92,7 @@ class Settings:
     @property
     def limits(self) -> Limits:
         return Limits(self.longest, self.idle, self.grace, lookahead=self.lookahead,
-                      viewers=self.viewers)  # fmt: skip
+                      viewers=self.viewers, busy=self.busy)  # fmt: skip
 
     def command(self) -> list[str]:
         """The words of an engine."""

@@ -93,7 +93,8 @@ class Progress:
 @dataclasses.dataclass(frozen=True)
 class Ready:
     """Compiled and warm. frames: of a block. ahead: samples after a block that it is made from.
-    delay: blocks in flight before the first one comes out."""
+    delay: blocks in flight before the first one comes out. together: whether the blocks of all
+    slots take no longer than that of one."""
 
     model: str
     width: int
@@ -102,6 +103,7 @@ class Ready:
     frames: int
     ahead: int
     delay: int
+    together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Opened:
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Frames [F, H, W, 3], uint8, of samples first, first + 640, ... of an epoch. seconds: what
-    making it took, by stage."""
+    it took, by stage: make (its part of it, if blocks are not made together), and send, of the
+    block before."""
 
     session: str
     epoch: int

@@ -97,7 +97,9 @@ class Served:
 async def serving(warm: bool = True, **options: Any) -> AsyncIterator[Served]:
     """Nothing of it is left at the end: no session, no task, no engine."""
     before = asyncio.all_tasks()
-    chosen = {"engine": "mock", "port": free_port(), "rate": 1000.0, "drain": 0.01} | options
+    # As busy as it likes: who calls takes time of the same loop.
+    chosen = {"engine": "mock", "port": free_port(), "rate": 1000.0, "drain": 0.01,
+              "busy": 100.0} | options  # fmt: skip
     server = _Server(Settings(**chosen))
     running = asyncio.create_task(server.serve())
     address = f"127.0.0.1:{chosen['port']}"

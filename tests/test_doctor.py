@@ -128,13 +128,15 @@ def test_without_the_device_that_is_named_the_rest_is_looked_at(monkeypatch, cap
 def test_it_looks_at_what_the_server_would_take(monkeypatch):
     seen = []
     monkeypatch.setattr(doctor, "doctor", lambda args: seen.append(args) or 0)
-    names = ("WEIGHTS", "HOST", "PORT", "UDP", "ICE", "TURN_USER", "TURN_PASSWORD", "CERTIFICATE")
+    names = ("WEIGHTS", "HOST", "PORT", "UDP", "ICE", "TURN_SECRET", "TURN_USER", "TURN_PASSWORD",
+             "CERTIFICATE")  # fmt: skip
     for name in names:
         monkeypatch.setenv(f"AVATAR_SERVE_{name}", "7" if name == "PORT" else name)
     assert cli.main(["doctor"]) == 0 and cli.main(["doctor", "--port", "8", "--ice", "x"]) == 0
     first, second = seen
     assert [getattr(first, name.lower()) for name in names] == [
-        Path("WEIGHTS"), "HOST", 7, "UDP", "ICE", "TURN_USER", "TURN_PASSWORD", Path("CERTIFICATE"),
+        Path("WEIGHTS"), "HOST", 7, "UDP", "ICE", "TURN_SECRET", "TURN_USER", "TURN_PASSWORD",
+        Path("CERTIFICATE"),
     ]  # fmt: skip
     assert (second.port, second.ice) == (8, "x")
 
@@ -395,12 +397,21 @@ def test_what_is_no_certificate_is_told(tmp_path):
 
 
 def test_what_is_asked_for_is_looked_at():
-    args = Namespace(host="h", port=1, udp="", ice="", turn_user="", turn_password="",
-                     certificate=None)  # fmt: skip
+    args = Namespace(host="h", port=1, udp="", ice="", turn_secret="", turn_user="",
+                     turn_password="", certificate=None)  # fmt: skip
     names = lambda: [what for what, _ in doctor._serving(args)]
     assert names() == ["port"]
     args.udp, args.ice, args.certificate = "5-6", "stun:a, ,turn:b", Path("c")
     assert names() == ["port", "udp", "ice", "ice", "certificate"]
+
+
+def test_a_secret_of_turn_is_tried_with_a_login_of_its_own():
+    pytest.importorskip("aiortc", reason="needs the extra serve")
+    args = Namespace(host="h", port=1, udp="", ice="turn:a", turn_secret="s", turn_user="me",
+                     turn_password="p", certificate=None)  # fmt: skip
+    _, (_, check) = doctor._serving(args)
+    url, user, password = check.args
+    assert url == "turn:a" and re.fullmatch(r"\d+:doctor", user) and password not in ("s", "p")
 
 
 def test_what_containers_set_are_settings():

@@ -157,6 +157,37 @@ def test_a_page_that_is_left_frees_its_place_and_a_full_server_says_so(microphon
         other.close()
 
 
+def test_others_watch_by_a_link(microphone):
+    """A picture that moves, no microphone, and a word when it is over."""
+    with serving(slots=1) as server, page(str(server.base_url), microphone) as shown:
+        shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        shown.click("#start")
+        until(shown, "__avatar.state === 'running'")
+        shown.click("#share")
+        until(shown, "document.getElementById('status').innerText.includes('can watch')")
+        link = shown.evaluate("navigator.clipboard.readText()")
+        other, faults, asked = shown.context.new_page(), [], []
+        other.on("pageerror", lambda error: faults.append(str(error)))
+        other.on("request", lambda request: asked.append(request.url))
+        other.goto(link)
+        until(other, "window.__avatar?.state === 'running'")
+        assert follows(other) > 0.6
+        assert not any(link.partition("#")[2] in url for url in asked)
+        assert other.is_hidden("#start") and other.is_hidden("#mic")
+        assert other.evaluate("!__avatar.stream && document.getElementById('video').muted")
+        other.click("#sound")
+        assert not other.evaluate("document.getElementById('video').muted")
+        shown.click("#stop")
+        until(other, "__avatar.state === 'over'", 10.0)
+        assert other.inner_text("#status") == "The session is over."
+        assert other.is_hidden("#video") and other.is_disabled("#sound")
+        other.goto(link.partition("#")[0] + "#nothing")
+        other.reload()
+        until(other, "window.__avatar?.state === 'over'")
+        until(other, "document.getElementById('status').innerText.includes('not good here')")
+        assert faults == []
+
+
 def test_a_denied_microphone_is_explained():
     with serving(slots=1) as server, page(str(server.base_url), None) as shown:
         shown.click("#start")

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import random
 import re
+import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
 from typing import Any
 
@@ -26,11 +28,12 @@ from aiortc import (
 )
 from aiortc.codecs.opus import OpusDecoder, OpusEncoder
 from aiortc.jitterbuffer import JitterFrame
+from aiortc.rtp import RtpPacket
 
 from liveavatar_jax.types import LiveAvatarError
 from serve import mock, rtc
 from serve.clock import LATE, Shown
-from serve.rtc import HOLE, PACKET, SDP, STILL, Call, Out, Placed
+from serve.rtc import HOLE, PACKET, SDP, STILL, Call, Onward, Out, Placed
 from serve.wire import FPS, PER_FRAME, RATE
 from tests.processes import free_port
 from tests.serving import LONG, Served, in_loop, joined, serving, tone, until
@@ -45,34 +48,55 @@ class Microphone(MediaStreamTrack):
 
     def __init__(self, hertz: float = 400.0):
         super().__init__()
-        self.hertz, self.sent, self._begun = hertz, 0, time.monotonic()
+        self.hertz, self.sent, self._begun = hertz, 0, 0.0
 
     async def recv(self) -> av.AudioFrame:
         if self.readyState != "live":
             raise MediaStreamError
+        self._begun = self._begun or time.monotonic()
         at = self.sent
         self.sent += BROWSER // 50
         await asyncio.sleep(max(0.0, self._begun + self.sent / BROWSER - time.monotonic()))
-        n = at + np.arange(BROWSER // 50)
-        loud = (n // BROWSER) % 2
-        samples = (loud * 9000 * np.sin(2 * np.pi * self.hertz * n / BROWSER)).astype(np.int16)
+        samples = self._wave(at + np.arange(BROWSER // 50)).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
         frame.sample_rate, frame.pts, frame.time_base = BROWSER, at, Fraction(1, BROWSER)
         return frame
+
+    def _wave(self, n: np.ndarray) -> np.ndarray:
+        loud = (n // BROWSER) % 2
+        return loud * 9000 * np.sin(2 * np.pi * self.hertz * n / BROWSER)
+
+
+class Chirp(Microphone):
+    """A tone that tells the time: `FIRST` Hz, and `RISE` more each second."""
+
+    FIRST, RISE = 300.0, 300.0
+
+    def _wave(self, n: np.ndarray) -> np.ndarray:
+        at = n / BROWSER
+        return 9000 * np.sin(2 * np.pi * (self.FIRST + self.RISE * at / 2) * at)
+
+    @classmethod
+    def times(cls, sound: np.ndarray, piece: int = PACKET) -> np.ndarray:
+        """When each piece of sound was said, in seconds; NaN where silence is in it."""
+        cut = sound[: len(sound) // piece * piece].reshape(-1, piece).astype(float)
+        loud = np.abs(np.fft.rfft(cut * np.hanning(piece), RATE // 4))
+        hertz = 4.0 * loud.argmax(1)
+        return np.where((cut == 0).mean(1) < 0.1, (hertz - cls.FIRST) / cls.RISE, np.nan)
 
 
 class Browser:
     """Who calls. sound: (stamp, mono samples) of its packets; pictures: (stamp, frame)."""
 
-    def __init__(self, mic: bool = True):
+    def __init__(self, mic: MediaStreamTrack | None):
         self.peer = RTCPeerConnection(RTCConfiguration([]))
         self.sound: list[tuple[int, np.ndarray]] = []
         self.pictures: list[tuple[int, np.ndarray]] = []
         self._tasks: list[asyncio.Task] = []
         self.peer.on("track", lambda track: self._tasks.append(
             asyncio.create_task(self._take(track))))  # fmt: skip
-        if mic:
-            self.peer.addTrack(Microphone())
+        if mic is not None:
+            self.peer.addTrack(mic)
         else:
             self.peer.addTransceiver("audio", direction="recvonly")
         self.peer.addTransceiver("video", direction="recvonly")
@@ -102,8 +126,10 @@ class Browser:
 
 
 @contextlib.asynccontextmanager
-async def browsing(mic: bool = True) -> AsyncIterator[Browser]:
-    browser = Browser(mic)
+async def browsing(
+    mic: bool = True, voice: type[Microphone] = Microphone
+) -> AsyncIterator[Browser]:
+    browser = Browser(voice() if mic else None)
     try:
         yield browser
     finally:
@@ -126,6 +152,57 @@ async def connected(served: Served, told: dict, browser: Browser, **more: Any) -
     await browser.take(answer.text)
     await until(lambda: browser.peer.connectionState == "connected")
     return answer.headers["location"]
+
+
+class Lossy:
+    """A network between a caller and the server, that loses packets both ways; all of them while
+    it is `out`. Whoever comes gets a port of their own on the server's side, as with a NAT."""
+
+    def __init__(self, seed: int, share: float):
+        self.share, self.out, self.lost, self.passed = share, False, 0, 0
+        self._draw, self._loop = random.Random(seed), asyncio.get_running_loop()
+        self._server, self._sockets = ("", 0), list[socket.socket]()
+        self._fronts: dict[tuple[str, int], socket.socket] = {}
+
+    def between(self, answer: str) -> str:
+        """The answer, as if the server were here."""
+        mine = r"a=candidate:(\S+ 1 udp \d+) (\d+\.\d+\.\d+\.\d+) (\d+) typ host"
+        found = re.search(mine, answer)
+        assert found is not None
+        kind, host, port = found.groups()
+        self._server = (host, int(port))
+        here = self._open(self._to_server).getsockname()
+        rest = "".join(x for x in answer.splitlines(keepends=True) if "a=candidate" not in x)
+        line = f"a=candidate:{kind} {host} {here[1]} typ host\r\n"
+        return rest.replace("a=end-of-candidates", line + "a=end-of-candidates", 1)
+
+    def _open(self, hear: Callable[[socket.socket], None]) -> socket.socket:
+        one = socket.socket(type=socket.SOCK_DGRAM)
+        one.bind((self._server[0], 0))
+        one.setblocking(False)
+        self._loop.add_reader(one, hear, one)
+        self._sockets.append(one)
+        return one
+
+    def _to_server(self, front: socket.socket) -> None:
+        data, caller = front.recvfrom(65536)
+        if caller not in self._fronts:
+            back = lambda one: self._pass(front, one.recv(65536), caller)
+            self._fronts[caller] = self._open(back)
+        self._pass(self._fronts[caller], data, self._server)
+
+    def _pass(self, by: socket.socket, data: bytes, to: tuple[str, int]) -> None:
+        if self.out or self._draw.random() < self.share:
+            self.lost += 1
+            return
+        self.passed += 1
+        with contextlib.suppress(OSError):  # nobody is there any more: lost, too
+            by.sendto(data, to)
+
+    def close(self) -> None:
+        for one in self._sockets:
+            self._loop.remove_reader(one)
+            one.close()
 
 
 def peers(served: Served) -> list[str]:
@@ -264,6 +341,62 @@ async def test_who_never_connects_holds_no_place(monkeypatch):
         assert served.counted("la_session_ends_total", reason="left") == 1
 
 
+def sockets() -> int:
+    """How many this process has open."""
+    links = (os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+             if os.path.lexists(f"/proc/self/fd/{name}"))  # fmt: skip
+    return sum(link.startswith("socket:") for link in links)
+
+
+@in_loop
+async def test_a_network_that_loses_packets_moves_no_sound_and_ends_no_call():
+    """One in twenty both ways, and for a second all of them."""
+    before = sockets()
+    async with serving(slots=2) as served, browsing(voice=Chirp) as browser:
+        told, beside = await served.create(live=True), await served.create()
+        session, spared = served.session(told), served.session(beside)
+        heard, speak = list[np.ndarray](), session.speak
+        session.speak = lambda samples, *more: (heard.append(samples), speak(samples, *more))[1]
+        seconds = lambda: sum(map(len, heard)) / RATE
+        with contextlib.closing(Lossy(seed=3, share=0.05)) as network:
+            offer = [x for x in (await browser.offer()).splitlines(keepends=True)
+                     if not x.startswith(("a=candidate", "a=end-of-candidates"))]  # fmt: skip
+            answer = await ring(served, told, "".join(offer))
+            await browser.take(network.between(answer.text))
+            async with joined(served, beside) as line:
+                await line.say(tone(30.0))
+                await until(lambda: seconds() > 2 and len(browser.pictures) > 20)
+                had, stalls = len(line.frames), spared.stalls
+                network.out = True
+                await asyncio.sleep(1.0)
+                network.out = False
+                had, stalls = len(line.frames) - had, spared.stalls - stalls
+                shown, until_now = session.timeline.played // PER_FRAME, seconds()
+                tags = lambda: [mock.read(x) for _, x in browser.pictures[-5:]]
+                await until(lambda: any(x["frame"] > shown and x["session"] == mock.tag(told["id"])
+                                        for x in tags()))  # fmt: skip
+                await until(lambda: seconds() > until_now + 3)
+            assert browser.peer.connectionState == "connected" and len(session.viewers) == 1
+            assert network.passed > network.lost > 60
+            for one in (told, beside):
+                await served.http.delete(one["urls"]["session"])
+            await until(lambda: set(peers(served)) == {"closed"})
+    await until(lambda: sockets() <= before)
+    # Sound is where it was said, or silence. Just after a hole decoder and resampler swing in.
+    sound = np.concatenate(heard)
+    said = Chirp.times(sound)
+    lost = np.isnan(said)
+    settled = ~(lost | np.roll(lost, 1) | np.roll(lost, 2))
+    off = (said - np.arange(len(said)) * PACKET / RATE)[settled]
+    assert len(off) > 50 and np.abs(off - np.median(off[:20])).max() < 0.05
+    assert np.convolve(lost, np.ones(45), "valid").max() == 45  # when nothing came through
+    silent = np.sum(sound == 0) / RATE - 1.0
+    assert silent < 0.12 * (len(sound) / RATE - 1.0)
+    # Who is beside it notices nothing.
+    assert set(np.diff([x.first for x in line.frames])) == {PER_FRAME}
+    assert spared.timeline.gaps == 0 and stalls < 0.5 and had > FPS / 2
+
+
 # ---- what is no call
 
 
@@ -333,6 +466,35 @@ async def test_one_viewer_too_many_is_refused_and_its_call_closed(monkeypatch):
         assert [x.status_code for x in answers] == [201, 201, 429]
         assert answers[2].json()["type"].endswith("too-many-viewers")
         assert made[2].peer.connectionState == "closed"
+
+
+# ---- servers on the way
+
+
+@in_loop
+async def test_a_server_that_is_silent_holds_up_no_call_and_who_calls_is_told_of_it(monkeypatch):
+    known, begin = [], Call.__init__
+    monkeypatch.setattr(Call, "__init__", lambda self, *args: (
+        known.append(args[2].iceServers), begin(self, *args))[1])  # fmt: skip
+    with socket.socket(type=socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{silent.getsockname()[1]}"
+        urls = f"stun:{at}", f"turn:{at}"
+        async with serving(ice=urls, turn_secret="north") as served, browsing(mic=False) as browser:
+            told, offer = await served.create(), await browser.offer()
+            begun = time.monotonic()
+            answer = await ring(served, told, offer)
+            assert time.monotonic() - begun < 3.5  # aioice alone waits for 5
+            await browser.take(answer.text)
+            await until(lambda: len(browser.pictures) > 3)
+    stun, turn = told["ice_servers"]
+    assert [stun, turn["urls"]] == [{"urls": [urls[0]]}, [urls[1]]]
+    ((_, ours),) = known
+    for text in (turn["username"], ours.username):
+        assert re.fullmatch(rf"\d+:{told['id']}", text)
+    assert f'<{urls[0]}>; rel="ice-server", <{urls[1]}>;' in answer.headers["link"]
+    assert answer.headers["link"].endswith('"; credential-type="password"')
+    assert "north" not in answer.headers["link"] + str(told)
 
 
 # ---- stamps
@@ -492,6 +654,19 @@ def test_sound_is_put_where_its_time_is_whatever_is_lost_or_comes_twice(seed):
     assert placed.filled == 320 * lost[:last].sum()
     middle = 160 + 320 * np.arange(last)
     np.testing.assert_array_equal(np.abs(sound[middle]) < 100, lost[:last])
+
+
+def test_packets_go_on_at_once_but_for_those_of_before():
+    onward, went = Onward(), []
+    sent = [65_533, 65_534, 65_534, 65_535, 1, 0, 2, 65_535, 7, 40_000, 40_001, 500, 499]
+    for number in sent:  # with a new beginning far from the old one, twice
+        packet = RtpPacket(sequence_number=number, timestamp=960 * number)
+        packet._data = b"sound"  # type: ignore[attr-defined]
+        asks_for_a_picture, frame = onward.add(packet)
+        went += [number] if frame else []
+        assert not asks_for_a_picture
+        assert frame is None or (frame.data, frame.timestamp) == (b"sound", 960 * number)
+    assert went == [65_533, 65_534, 65_535, 1, 2, 7, 40_000, 40_001, 500]
 
 
 def test_a_hole_of_minutes_is_not_filled_with_minutes():

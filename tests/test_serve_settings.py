@@ -122,11 +122,3 @@ def test_no_text_is_more_than_refused(name, text):
         read([], {PREFIX + name: text})
     except LiveAvatarError as error:
         assert name.lower() in str(error).lower()
-
-
-def test_a_turn_server_without_a_login_is_refused():
-    """Browsers would throw at every call."""
-    with pytest.raises(LiveAvatarError, match="turn_user and turn_password"):
-        Settings(ice=("turn:turn.example.org",))
-    Settings(ice=("stun:stun.example.org",))
-    Settings(ice=("turn:turn.example.org",), turn_user="a", turn_password="b")

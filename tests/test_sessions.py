@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import random
 import re
@@ -860,7 +861,8 @@ class Watcher:
 @in_loop
 async def test_sessions_that_come_and_go_leave_nothing(times):
     maker = Blank()
-    sessions = Sessions([functools.partial(Near, maker=maker)], Limits(), Metrics())
+    limits = Limits(busy=math.inf)  # nobody rests here
+    sessions = Sessions([functools.partial(Near, maker=maker)], limits, Metrics())
     running = asyncio.create_task(sessions.run())
     near, counts = sessions.workers[0].link, []
     picture = np.zeros((8, 8, 3), np.uint8)

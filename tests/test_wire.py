@@ -22,6 +22,7 @@ sounds = some.binary(max_size=64).map(lambda x: np.frombuffer(x[: len(x) // 2 * 
 shapes = some.lists(some.integers(0, 3), min_size=1, max_size=4)
 pictures = shapes.map(lambda shape: np.arange(np.prod(shape), dtype=np.uint8).reshape(shape))
 KINDS = {
+    bool: some.booleans(),
     int: some.integers(-(2**63), 2**63),
     float: some.floats(allow_nan=False) | some.integers(0, 9),
     str: words,
