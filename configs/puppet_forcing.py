@@ -16,7 +16,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Forcing
 from train.preset import MODEL, OUT, SHARDS, adam, focus
 
-STEPS = 4000
+STEPS = 2000
 
 
 def config() -> Forcing:

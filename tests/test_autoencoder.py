@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.config import DiTConfig, ModelConfig, VAEConfig
 from liveavatar_jax.paths import leaves
+from liveavatar_jax.player import load as load_network
 from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights import packed
 from train import autoencoder
 from train.experiment import Autoencoder
 
@@ -94,6 +96,31 @@ def test_it_learns(monkeypatch):
     for update in range(exp.steps):
         state, _ = step(state, autoencoder.batch(exp, jnp.asarray(update)))
     assert error(state.learner.params) < 0.8 * before
+
+
+def test_a_decoder_learns_on_alone(tmp_path):
+    """From latents with noise, which it learns to take away; the latents stay what they are."""
+    cfg = ModelConfig(dit=DiTConfig(), vae=VAE)
+    first = jax.jit(functools.partial(autoencoder.fresh, EXP))(jax.random.key(0))
+    packed.pack(tmp_path, cfg, {"vae": first}, "float32")
+    exp = dataclasses.replace(EXP, start=str(tmp_path), noise=2.0, steps=100, rate=4e-3,
+                              linear=0.5, warm=5, batch=8)  # fmt: skip
+    begun = load_network(tmp_path, "vae", "float32")
+    state = jax.jit(functools.partial(autoencoder.start, exp))(begun)
+    step = jax.jit(functools.partial(autoencoder.train_step, exp), donate_argnums=0)
+    unseen = autoencoder.batch(exp, jnp.asarray(10_000))
+    error = jax.jit(lambda vae: autoencoder.loss(exp, vae, unseen, jax.random.key(9))[0])
+    clear = dataclasses.replace(exp, noise=0.0)
+    assert error(begun) > 1.1 * autoencoder.loss(clear, begun, unseen, jax.random.key(9))[0]
+    before = error(begun)
+    for update in range(exp.steps):
+        state, _ = step(state, autoencoder.batch(exp, jnp.asarray(update)))
+    after = state.learner.params
+    assert error(after) < 0.9 * before
+    old, new = leaves(first), leaves(after)
+    moved = {path for path in old if not np.array_equal(old[path], new[path])}
+    assert moved and all(path.startswith(("decoder.", "from_latents.")) for path in moved)
+    assert any(path.startswith("decoder.move") for path in moved)
 
 
 class Twice:

@@ -77,6 +77,7 @@ def test_its_stages_follow_each_other(tmp_path, monkeypatch):
     assert all(stage.model == model() for stage in stages.values())
     assert not stages["teacher"].objective.causal and stages["forcing"].objective.causal
     assert stages["forcing"].start == stages["distill"].weights
+    assert load(CONFIGS / "puppet_decoder.py", (Autoencoder,)).vae == model().vae
     focus = np.array(stages["teacher"].objective.focus)
     assert focus.shape == (*VAE.vae.grid, VAE.vae.z_dim)
 

@@ -230,12 +230,14 @@ def test_cells_know_pictures_of_one_size(cells):
 
 
 def test_without_residuals_cells_are_a_linear_coder_of_each_place(cells):
-    """With all other weights zero, the maps of pixels and back are what remains; the first frame
-    counts as one that stands still."""
-    noises = np.random.default_rng(0).normal(size=(3, 5, 192, Z))
-    basis = np.linalg.qr(noises)[0].astype(np.float32)
+    """With all other weights zero, the maps of pixels and back are what remains, and what a change
+    from one latent to the next adds; the first frame counts as one that stands still."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(3, 5, 192, Z)))[0].astype(np.float32)
+    moves = rng.normal(size=(3, 5, Z, 192)).astype(np.float32)
     maps = {"encoder.look.kernel": basis, "decoder.show.kernel": basis.swapaxes(2, 3),
-            "to_moments.kernel": np.eye(2 * Z), "from_latents.kernel": np.eye(Z)}  # fmt: skip
+            "decoder.move.kernel": moves, "to_moments.kernel": np.eye(2 * Z),
+            "from_latents.kernel": np.eye(Z)}  # fmt: skip
     maps = {path: jnp.asarray(array, jnp.float32) for path, array in maps.items()}
     bare = replace(cells, leaves(jax.tree.map(jnp.zeros_like, cells)) | maps)
     video = noise(1, 5, 12, 20, 3)
@@ -247,7 +249,9 @@ def test_without_residuals_cells_are_a_linear_coder_of_each_place(cells):
     want = np.stack([group(np.repeat(here[:, :1], 4, axis=1)), group(here[:, 1:])]) @ own
     np.testing.assert_allclose(means[0, :, 1, 3], want, atol=1e-5)
     frames, _ = bare.decode(latents)
-    back = (want @ own.T).reshape(2, 4, 4, 4, 3)
+    back = want @ own.T
+    back[1] += (want[1] - want[0]) @ moves[1, 3]
+    back = back.reshape(2, 4, 4, 4, 3)
     back = np.concatenate([back[0, -1:], back[1]])
     np.testing.assert_allclose(frames[0, :, 4:8, 12:16], back, atol=1e-4)
 

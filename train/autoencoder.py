@@ -4,7 +4,7 @@
 
 Each step draws a batch of new identities. What is shown here are errors, weighted towards mouth
 and eyes: of the pixels, of their gradients over rows and columns and over frames; and the
-divergence of the posterior.
+divergence of the posterior. With `start`, the decoder of a finished one learns on.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from liveavatar_jax.devices import prepare
 from liveavatar_jax.models.vae import VAE, normalise
 from liveavatar_jax.parallel import hosts
 from liveavatar_jax.paths import leaves, replace
+from liveavatar_jax.player import load as load_network
 from liveavatar_jax.types import Array, Float, Int, Key, LiveAvatarError, UInt8, struct
 from train.checkpoints import Checkpoints
 from train.experiment import Autoencoder
@@ -133,8 +134,14 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     mean, spread = jnp.split(whole(vae.moments, clips.video), 2, axis=-1)
     spread = jnp.clip(spread, -20.0, 10.0)
-    z = mean + jnp.exp(0.5 * spread) * jax.random.normal(key, mean.shape)
-    made = whole(vae.shown, normalise(z, exp.vae))
+    keys = jax.random.split(key)
+    noise = jax.random.normal(keys[0], mean.shape)
+    if exp.start is None:
+        z = normalise(mean + jnp.exp(0.5 * spread) * noise, exp.vae)
+    else:
+        z = normalise(jax.lax.stop_gradient(mean), exp.vae)
+        z = z + exp.noise * jax.random.uniform(keys[1], (len(z), 1, 1, 1, 1)) * noise
+    made = whole(vae.shown, z)
     lips, eyes = (focus - 1 for focus in exp.focus)
     weight = 1 + jnp.maximum(lips * clips.mouth, eyes * clips.eyes)[..., None]
     weight = weight / jnp.mean(weight)
@@ -146,8 +153,9 @@ def loss(
     edges, motion = along(2) + along(3), along(1)
     divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(spread) - 1 - spread)
     total = pixels + exp.square * square + exp.edges * edges + exp.motion * motion
-    seen = {"pixels": pixels, "edges": edges, "motion": motion, "divergence": divergence}
-    return total + exp.divergence * divergence, seen
+    if exp.start is None:
+        total = total + exp.divergence * divergence
+    return total, {"pixels": pixels, "edges": edges, "motion": motion, "divergence": divergence}
 
 
 def whole(code: Any, x: Float[Array, "b f h w c"]) -> Float[Array, "b g y x k"]:
@@ -156,8 +164,9 @@ def whole(code: Any, x: Float[Array, "b f h w c"]) -> Float[Array, "b g y x k"]:
     return jnp.concatenate([first, code(x[:, 1:], cache)[0]], axis=1)
 
 
-def start(exp: Autoencoder) -> State:
-    vae = fresh(exp, jax.random.key(exp.seed))
+def start(exp: Autoencoder, vae: VAE | None = None) -> State:
+    """The state before the first step; of a new VAE, if none is given."""
+    vae = fresh(exp, jax.random.key(exp.seed)) if vae is None else vae
     return State(begin(vae, exp.optimiser), jax.tree.map(jnp.copy, vae))
 
 
@@ -179,8 +188,9 @@ def train_step(exp: Autoencoder, state: State, clips: Clips) -> tuple[State, Met
 
 
 def judge(exp: Autoencoder, vae: VAE) -> tuple[Metrics, UInt8[Array, "F H W 3"]]:
-    """PSNR in dB of clips of unseen identities, all and of the mouth; and the first few clips,
-    truth above."""
+    """PSNR in dB of clips of unseen identities, all and of the mouth; how much changes from frame
+    to frame within latents and from one to the next, over truth; and the first few clips, truth
+    above."""
     clips = drawn(jax.random.key(10_000 + exp.seed), JUDGED, exp.frames + 8, exp.size)
     latents, _ = vae.encode(clips.video)
     made = jnp.clip(vae.decode(latents)[0], -1.0, 1.0)
@@ -190,6 +200,11 @@ def judge(exp: Autoencoder, vae: VAE) -> tuple[Metrics, UInt8[Array, "F H W 3"]]
     eyes = jnp.sum(square * clips.eyes) / jnp.sum(clips.eyes)
     numbers = {"psnr": decibel(jnp.mean(square)), "psnr_mouth": decibel(mouth),
                "psnr_eyes": decibel(eyes)}  # fmt: skip
+    changes = [jnp.mean(jnp.abs(jnp.diff(x, axis=1)), axis=(0, 2, 3, 4))
+               for x in (made, clips.video)]  # fmt: skip
+    across = np.arange(len(changes[0])) % exp.vae.frames_per_latent == 0
+    for name, where in (("within", ~across), ("across", across)):
+        numbers[name] = jnp.sum(changes[0][where]) / jnp.sum(changes[1][where])
     rows = [jnp.concatenate(list(x[:6]), axis=2) for x in (clips.video, made)]
     shown = jnp.concatenate(rows, axis=1)
     return numbers, jnp.round((shown + 1) * 127.5).astype(jnp.uint8)
@@ -219,7 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def latest(exp: Autoencoder, out: Path) -> State:
     """The state of the newest step of a run. Raises LiveAvatarError when there is none."""
     with Checkpoints(out, exp, keep=exp.keep, may_differ=MAY_DIFFER) as save:
-        return save.restore(jax.eval_shape(functools.partial(start, exp)))[0]
+        return save.restore(jax.eval_shape(functools.partial(start, exp), *_given(exp)))[0]
+
+
+def _given(exp: Autoencoder) -> tuple[VAE, ...]:
+    return () if exp.start is None else (load_network(Path(exp.start), "vae", "float32"),)
 
 
 def train(exp: Autoencoder, out: Path) -> int:
@@ -230,7 +249,8 @@ def train(exp: Autoencoder, out: Path) -> int:
     step_of = jax.jit(functools.partial(train_step, exp), donate_argnums=0)
     with Checkpoints(out, exp, keep=exp.keep, may_differ=MAY_DIFFER) as save:
         done = save.latest or 0
-        state = save.restore(jax.eval_shape(begun))[0] if done else jax.jit(begun)()
+        given = _given(exp)
+        state = save.restore(jax.eval_shape(begun, *given))[0] if done else jax.jit(begun)(*given)
         with (
             Watch(out, exp.steps, start=done, last_good=lambda: save.latest) as watch,
             stopping() as stop,

@@ -16,7 +16,7 @@ from liveavatar_jax.parallel.mesh import TrainMesh
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.weights.wan import LORA_TARGETS
 
-LINEAR = ("encoder.look", "decoder.show")  # the linear code within a VAE
+LINEAR = ("encoder.look", "decoder.show", "decoder.move")  # the linear code within a VAE
 
 
 def slowly(
@@ -166,6 +166,9 @@ class Distill(Forcing):
 class Autoencoder:
     """The VAE of a small preset learns on drawn puppets.
 
+    start: a packed model whose decoder goes on learning; its latents stay what they are, so that
+    whatever was trained on them goes with it. noise: on its latents, up to this deviation, so that
+    it knows a diffusion model's errors.
     frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
     focus: weights of mouth and of eyes. square: of the square error beside the absolute one, edges:
     of the gradients over rows and columns, motion: over frames. divergence: of the
@@ -174,6 +177,8 @@ class Autoencoder:
     """
 
     vae: VAEConfig
+    start: str | None = None
+    noise: float = 0.0
     size: int = 64
     batch: int = 4
     frames: int = 9

@@ -5,6 +5,7 @@
 
     vae             configs/puppet_vae.py
     model           the config of all networks, with the spread of the VAE's latents
+    decoder         configs/puppet_decoder.py: the VAE's decoder, from latents with noise
     shards          clips, drawn and encoded
     start           a network that knows where faces move, and no more
     teacher         configs/puppet_teacher.py: both ways, many steps
@@ -131,15 +132,27 @@ def make_model() -> None:
         _copy(SHIPPED, ("vae.safetensors",), MODEL)
         packed.pack(MODEL, networks(cfg.vae, cfg.size or SIZE), {})
         return
-    exp = load(Path("configs/puppet_vae.py"), (Autoencoder,))
-    step, arrays = export.weights(OUT / "vae", "average")
-    if step < exp.steps:
-        raise LiveAvatarError(f"{OUT / 'vae'} is at step {step} of {exp.steps}; let it finish")
-    vae = replace(jax.eval_shape(lambda: VAE(exp.vae, rngs=nnx.Rngs(0))), _on_device(arrays))
+    exp, vae = _finished("vae")
     middle, spread = (tuple(map(float, x)) for x in jax.jit(functools.partial(_spread, exp))(vae))
     cfg = dataclasses.replace(exp.vae, latent_mean=middle, latent_std=spread)
-    vae = replace(jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))), _on_device(arrays))
+    vae = replace(jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))), leaves(vae))
     packed.pack(MODEL, networks(cfg, exp.size), {"vae": vae})
+
+
+def make_decoder() -> None:
+    """The decoder learns on, now that it is known how wide latents are."""
+    if not is_shipped():
+        command("train.autoencoder", "configs/puppet_decoder.py", "--out", OUT / "decoder")()
+        packed.pack(MODEL, checkpoint.load_config(MODEL), {"vae": _finished("decoder")[1]})
+
+
+def _finished(name: str) -> tuple[Autoencoder, VAE]:
+    """The average of a run that has come to its end."""
+    exp = load(Path(f"configs/puppet_{name}.py"), (Autoencoder,))
+    step, arrays = export.weights(OUT / name, "average")
+    if step < exp.steps:
+        raise LiveAvatarError(f"{OUT / name} is at step {step} of {exp.steps}; let it finish")
+    return exp, replace(jax.eval_shape(lambda: VAE(exp.vae, rngs=nnx.Rngs(0))), _on_device(arrays))
 
 
 def _spread(exp: Autoencoder, vae: VAE) -> tuple[Any, Any]:
@@ -198,6 +211,7 @@ def parts() -> dict[str, Callable[[], None]]:
     return {
         "vae": make_vae,
         "model": make_model,
+        "decoder": make_decoder,
         "shards": command("train.puppets", "--model", MODEL, "--out", SHARDS, "--count",
                           str(CLIPS), "--latents", str(LATENTS)),
         "start": make_start,

@@ -89,13 +89,16 @@ class CellEncoder(nnx.Module):
 
 
 class CellDecoder(nnx.Module):
-    """The inverse: pixels by a linear map of their latent, and what cells add, which see this
-    latent and the two before it. Of the first latent of a video the last frame is shown."""
+    """The inverse: pixels by linear maps of their latent and of how it differs from the one before
+    it, without which pictures stand still within latents and jump between them; and what cells
+    add, which see this latent and the two before it. Of the first latent of a video the last frame
+    is shown."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
         pixels, (_, count) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
         self.show = Places(cfg, cfg.z_dim, pixels)
+        self.move = Places(cfg, cfg.z_dim, pixels)
         self.conv_in = CausalConv(cfg, cfg.z_dim, cfg.dim, rngs=rngs)
         self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
         self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
@@ -107,8 +110,10 @@ class CellDecoder(nnx.Module):
         y, after = run([self.conv_in], latent, cache)
         y = y + self.place[...].astype(y.dtype)[None, None]
         y, _ = run([first, self.attention, *rest, self.head], y, None)
+        known = latent[:, :1] if cache is None else cache.tails[0][:, -1:]
+        before = jnp.concatenate([known, latent[:, :-1]], axis=1)
         frames = rearrange(
-            y + self.show(latent), "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=self.group,
-            p=self.size, q=self.size,
+            y + self.show(latent) + self.move(latent - before),
+            "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=self.group, p=self.size, q=self.size,
         )  # fmt: skip
         return frames if cache is not None else frames[:, -1:], after
