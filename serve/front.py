@@ -37,7 +37,8 @@ from serve.auth import Auth, Bucket, Denied, Grant, bearer
 from serve.link import Link, engine
 from serve.metrics import Metrics
 from serve.pictures import portrait
-from serve.sessions import Problem, Session, Sessions, lasting
+from serve.session import Problem, Session
+from serve.sessions import Sessions, lasting
 from serve.settings import Settings
 from serve.socket import CHARACTERS, MEDIA, RATES, Socket
 from serve.wire import FPS, RATE

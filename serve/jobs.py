@@ -31,7 +31,7 @@ from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
 from serve import marks
 from serve.pictures import checked
-from serve.sessions import Problem
+from serve.session import Problem
 from serve.wire import RATE
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import soxr
 from liveavatar_jax.types import LiveAvatarError
 from serve.clock import Shown
 from serve.pictures import enlarged
-from serve.sessions import Problem, Session
+from serve.session import Problem, Session
 from serve.wire import FPS, PER_FRAME, RATE
 
 try:

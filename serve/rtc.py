@@ -35,7 +35,8 @@ from serve import ice
 from serve.auth import Grant
 from serve.clock import Shown
 from serve.pictures import enlarged
-from serve.sessions import Problem, Session, Sessions
+from serve.session import Problem, Session
+from serve.sessions import Sessions
 from serve.wire import FPS, PER_FRAME, RATE
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from liveavatar_jax.types import LiveAvatarError
 from serve import ice
-from serve.sessions import Limits
+from serve.session import Limits
 
 PREFIX = "AVATAR_SERVE_"
 

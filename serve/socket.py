@@ -23,7 +23,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 
 from serve.clock import Shown
 from serve.pictures import Movie, jpeg
-from serve.sessions import REASONS, Problem, Session
+from serve.session import REASONS, Problem, Session
 from serve.wire import FPS, RATE
 
 SOUND = struct.Struct("<II")  # before sound that comes in

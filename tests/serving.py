@@ -19,7 +19,7 @@ from serve.__main__ import Server
 from serve.engine import Engine
 from serve.link import Health
 from serve.mock import Mock, read
-from serve.sessions import Session
+from serve.session import Session
 from serve.settings import Settings
 from serve.socket import FRAME, SOUND
 from serve.wire import RATE

@@ -28,7 +28,8 @@ from serve import livekit
 from serve.engine import Engine
 from serve.link import Health
 from serve.metrics import Metrics
-from serve.sessions import Limits, Problem, Sessions
+from serve.session import Limits, Problem
+from serve.sessions import Sessions
 from serve.wire import FPS, PER_FRAME, RATE, Ready
 
 FAST = 4

@@ -20,7 +20,7 @@ from serve import caller as module
 from serve import headroom, load
 from serve.caller import PIECE, Caller, Speech, Turn, summary
 from serve.load import Server, main, measure, table
-from serve.sessions import Problem
+from serve.session import Problem
 from serve.socket import FRAME
 from serve.wire import FPS, PER_FRAME, RATE, Block, Ready
 from tests import test_session_life as life

@@ -15,7 +15,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from serve import sessions as module
 from serve.metrics import Metrics
 from serve.mock import Mock
-from serve.sessions import REASONS, Limits, Problem, Session, Sessions
+from serve.session import REASONS, Limits, Problem, Session
+from serve.sessions import Sessions
 from serve.wire import FPS, PER_FRAME, RATE, Block
 from tests.serving import Near, in_loop, serving, tone, until
 

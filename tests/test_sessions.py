@@ -33,7 +33,8 @@ from serve.auth import Auth
 from serve.link import Link
 from serve.metrics import Metrics
 from serve.pictures import jpeg
-from serve.sessions import Limits, Problem, Sessions
+from serve.session import Limits, Problem
+from serve.sessions import Sessions
 from serve.socket import SOUND, Socket
 from serve.wire import PER_FRAME, RATE
 from tests.processes import ROOT, free_port
