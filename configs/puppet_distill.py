@@ -2,7 +2,10 @@
 
 uv run --extra train --extra puppet python -m train.preset --until preset
 
-Has not run yet: steps and rates are guesses.
+Two shared cores of an AMD EPYC: 1.4 s a step, 9 minutes; every second one is the student's as
+well. Expected, against stage 1: mouth 0.74 with the truth (0.745), amplitude 0.89 (0.72),
+sharpness 0.89 (0.77), dynamic degree 1.03 of truth's (0.70), opening in silence 0.05 of that in
+speech (0.10).
 """
 
 import optax
@@ -14,7 +17,7 @@ from liveavatar_jax.weights.checkpoint import load_config
 from train.experiment import Distill, Schedule
 from train.preset import MODEL, OUT, SHARDS, focus
 
-STEPS, RATIO = 660, 3
+STEPS, RATIO = 400, 2
 
 
 def config() -> Distill:

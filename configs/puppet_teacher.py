@@ -2,8 +2,9 @@
 
 uv run --extra train --extra puppet python -m train.preset --until "pack teacher"
 
-Two shared cores of an AMD EPYC: 500 ms a step, 21 minutes. Not run to its end in this form, so
-what to expect is not known.
+Two shared cores of an AMD EPYC: 500 ms a step, 21 minutes; not run to its end from `start`. The
+teacher of the shipped weights began with those of stage 1 (`start="runs/puppet/forcing_model"`)
+and had 500 steps at 8e-4, after which its flow error was about 0.35.
 """
 
 import optax
