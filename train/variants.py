@@ -48,8 +48,8 @@ from train.preset import OUT, SHIPPED
 from train.puppets import sounding
 
 FRAMES, TEACHER_STEPS = 84, 20  # of what a teacher makes
-COLUMNS = ("mouth", "worst", "shuffled", "lag", "amplitude", "sharpness", "expression", "looks",
-           "psnr", "psnr_mouth")  # fmt: skip
+COLUMNS = ("mouth", "worst", "shuffled", "lag", "amplitude", "sharpness", "dynamic_ratio", "seam",
+           "expression", "looks", "psnr", "psnr_mouth")  # fmt: skip
 GROWTH = ("looks", "looks_trend", "colour", "colour_trend")  # of the longer streams
 
 
