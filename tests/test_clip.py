@@ -191,7 +191,8 @@ def test_audio_by_blocks_forgets_the_earlier_ones():
     assert np.abs(heard(features, 1)[:, :, 2] - heard(changed, 1)[:, :, 2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("policy", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "dots"])
 def test_what_a_gradient_keeps_changes_no_number(policy):
     x, sigma = normal(9, 1, 4, H, W, 16), jnp.full((1, 4), 0.5)
 

@@ -89,6 +89,7 @@ def in_two(folder: Path, out: Path, *more: str):
         del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_video(eight_heads, want, tmp_path):
     """Only the first one has the portrait, and only the last one writes."""
     out = tmp_path / "out.mp4"

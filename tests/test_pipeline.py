@@ -151,7 +151,7 @@ class Show:
         ("stage=4,vae=1", 0, NET),
         ("stage=4", 5, NET),
         ("stage=4,tensor=2", 1, NET),
-        ("stage=4,sequence=2", 0, NET),
+        pytest.param("stage=4,sequence=2", 0, NET, marks=pytest.mark.slow),
         ("stage=3", 0, THREE),  # which does not divide the heads
     ],
 )
@@ -211,7 +211,7 @@ def test_sessions_start_rest_stop_and_are_interrupted_without_touching_the_other
     assert programs() - before == Counter(start=1, insert=1, tick=1, warm=1)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_second_bubble_and_a_decoder_parted_by_columns_or_streams(rows):
     """With the sink replaced after one block, as in the paper, the next block has to wait until
     the first is out. The frames are those of a decoder on one device."""
@@ -294,7 +294,10 @@ def nbytes(tree) -> int:
     )
 
 
-@pytest.mark.parametrize("spec", ["stage=4", "stage=4,tensor=2", "stage=4,sequence=2"])
+@pytest.mark.parametrize(
+    "spec",
+    ["stage=4", pytest.param("stage=4,tensor=2", marks=pytest.mark.slow), "stage=4,sequence=2"],
+)
 def test_between_stages_only_the_block_in_flight_travels(spec, as_shipped):
     pipe, state, program = compiled(spec)
     found = collectives(program.as_text(), dict(pipe.meshes.stages.shape))

@@ -97,7 +97,7 @@ def test_what_hears_learns_slowly():
     params = checkpoint.abstract(model(), "dit")
     params = replace(params, {path: jnp.ones(x.shape) for path, x in leaves(params).items()})
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the count
-        steps, _ = optimiser.update(params, optimiser.init(params))
+        steps, _ = jax.jit(lambda p: optimiser.update(p, optimiser.init(p)))(params)
     moved = {path: float(np.max(np.abs(x))) for path, x in leaves(steps).items()}
     slow = {path for path, most in moved.items() if most < rate / 2}
     assert slow == {f"audio.conv1_{part}.{leaf}" for part in ("local", "global")

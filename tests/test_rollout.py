@@ -62,7 +62,9 @@ def steps(exit: int, first: int = 0) -> Steps:
     return Steps(first=jnp.int32(first), exit=jnp.int32(exit))
 
 
-@pytest.mark.parametrize("history, past", [(None, "true"), (0.3, "repeat")])
+@pytest.mark.parametrize(
+    "history, past", [(None, "true"), pytest.param(0.3, "repeat", marks=pytest.mark.slow)]
+)
 def test_a_rollout_to_the_last_step_is_the_stream(history, past):
     """Block for block, with sinks renewed, the ring overwritten and positions far in a video."""
     learner = student(Policy(positions=50), history=history, audio_past=past)
@@ -93,10 +95,8 @@ def test_a_rollout_to_the_last_step_is_the_stream(history, past):
 # ---- gradients
 
 
-@pytest.mark.parametrize(
-    "history, past, window",
-    [(None, "repeat", 2), pytest.param(0.4, "true", None, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # of a small student it is taken below
+@pytest.mark.parametrize("history, past, window", [(None, "repeat", 2), (0.4, "true", None)])
 def test_replay_is_the_full_gradient(history, past, window):
     """Of adapters and of all weights together, with the sink renewed on the way."""
     learner, at = student(history=history, audio_past=past), steps(1)
@@ -149,6 +149,7 @@ def peak(blocks: int, full: bool) -> int:
     return stats.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_replay_needs_the_memory_of_one_block():
     replayed, full = [peak(n, False) for n in (4, 12)], [peak(n, True) for n in (4, 12)]
     latents = 8 * F * H * W * 16 * 4 * 10  # the clip itself, ten times over

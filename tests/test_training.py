@@ -117,9 +117,7 @@ AXES = ("data=8", "fsdp=8", "sequence=8", "tensor=8", "fsdp=2,sequence=4",
 
 @pytest.mark.parametrize("kind, text", [
     ("forcing", "fsdp=2,sequence=2,tensor=2"),
-    ("distill", "data=2,sequence=2,tensor=2"),
-    *(slow(kind, text) for kind in ("forcing", "distill") for text in AXES
-      if (kind, text) != ("distill", AXES[-1])),
+    *(slow(kind, text) for kind in ("forcing", "distill") for text in AXES),
     slow("variant", "fsdp=2,sequence=2,tensor=2"),
     slow("variant", "data=8"),
 ])  # fmt: skip

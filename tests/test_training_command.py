@@ -215,7 +215,7 @@ def straight(tmp_path_factory, shards) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind, at", [
     ("forcing", "in step 3"),
-    ("distill", "saved"),
+    pytest.param("distill", "saved", marks=pytest.mark.slow),
     pytest.param("forcing", "saving", marks=pytest.mark.slow),
     pytest.param("forcing", "saved", marks=pytest.mark.slow),
     pytest.param("distill", "saving", marks=pytest.mark.slow),

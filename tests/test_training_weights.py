@@ -71,6 +71,7 @@ def run(tmp_path, weights, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_student_goes_from_stage_to_stage(run, tmp_path):
     """Stage 1 on a converted base, its samples, the published form of its adapters, and stage 2,
     which begins with them."""
