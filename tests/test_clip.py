@@ -101,7 +101,7 @@ def clip(model, x, past, sigma, window=None, forced=True, position=None, distanc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("predicts", ["velocity", "offset"])
+@pytest.mark.parametrize("predicts", [pytest.param("velocity", marks=pytest.mark.slow), "offset"])
 def test_teacher_forcing_is_a_stream_with_a_clean_history(predicts):
     """Each noisy block against a ring of the clean ones before it, rolled far into the video."""
     model = dit(predicts=predicts)

@@ -87,6 +87,7 @@ def test_a_video_has_the_sound_s_length(weights, tmp_path, capfd):
     assert "frame/s" in progress
 
 
+@pytest.mark.slow
 def test_the_seed_decides(weights, tmp_path, monkeypatch):
     """Compared before x264, whose threads now and then code the same frames differently."""
     videos, blocks, write = [], [], VideoWriter.write

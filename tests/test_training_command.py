@@ -256,7 +256,8 @@ def test_a_run_of_two_steps_is_the_first_half(straight, shards, tmp_path):
     assert_same(run, straight["forcing"])
 
 
-@pytest.mark.parametrize("kind", ["forcing", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["forcing", "distill"])
 def test_it_goes_on_on_another_mesh(kind, straight, shards, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(straight[kind], run)
