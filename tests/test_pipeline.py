@@ -152,7 +152,8 @@ class Show:
         ("stage=4", 5, NET),
         ("stage=4,tensor=2", 1, NET),
         pytest.param("stage=4,sequence=2", 0, NET, marks=pytest.mark.slow),
-        ("stage=3", 0, THREE),  # which does not divide the heads
+        # which does not divide the heads
+        pytest.param("stage=3", 0, THREE, marks=pytest.mark.slow),
     ],
 )
 def test_the_pipeline_is_the_sequential_stream(spec, warm, cfg):

@@ -300,7 +300,8 @@ def test_asked_to_end_it_saves_and_goes_on_later(tmp_path):
 # ---- several processes
 
 
-@pytest.mark.parametrize("kind", ["forcing", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["forcing", "distill"])
 def test_two_processes_make_what_one_makes(kind, straight, shards, tmp_path):
     run = tmp_path / "run"
     done(kind, run, "--mesh", "data=2", shards=shards, count=2)
