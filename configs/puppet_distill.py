@@ -2,7 +2,7 @@
 
 uv run --extra train --extra puppet python -m train.preset --until preset
 
-Two shared cores of an AMD EPYC: 1.4 s a step, 9 minutes; every second one is the student's as
+Two shared cores of an AMD EPYC: 1.8 s a step, 12 minutes; every second one is the student's as
 well. Expected, against stage 1: mouth 0.74 with the truth (0.745), amplitude 0.89 (0.72),
 sharpness 0.89 (0.77), dynamic degree 1.03 of truth's (0.70), opening in silence 0.05 of that in
 speech (0.10).

@@ -34,6 +34,7 @@ from liveavatar_jax.data.audio import load_audio
 from liveavatar_jax.types import LiveAvatarError
 from serve.caller import STAGES, Caller, Speech, collected, summary
 
+# `weights.packed` knows it, but brings JAX along, which callers do without.
 SPEECH = Path(liveavatar_jax.__path__[0]) / "presets" / "puppet" / "speech.wav"
 BETWEEN = 0.5  # seconds between two who come, as `rate` lets one address
 ANSWER = 30.0  # seconds that a request may take

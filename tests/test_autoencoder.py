@@ -156,6 +156,7 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
     ({"size": 20}, "size = 20 must divide by 8"),
     ({"size": 24}, r"size = 24 must make \(2, 2\), as vae.grid has it"),
     ({"batch": 0}, "batch = 0 must be at least 1"),
+    ({"noise": 0.1}, "noise = 0.1 must be 0 without a start"),
     ({"vae": VAEConfig()}, "vae = .* must have cells"),
 ])  # fmt: skip
 def test_a_config_that_makes_no_sense_is_refused(wrong, words):

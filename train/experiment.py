@@ -200,6 +200,8 @@ class Autoencoder:
 
     def __post_init__(self):
         insist(self.vae.cells is not None, self, "vae", "have cells, for only these are trained")
+        alone = self.start is not None or not self.noise
+        insist(alone, self, "noise", "be 0 without a start, for a new VAE has noise of its own")
         group = self.vae.frames_per_latent
         insist((self.frames - 1) % group == 0, self, "frames", f"be 1 + {group} k")
         side, grid = self.vae.pixels_per_latent, self.vae.grid

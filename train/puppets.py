@@ -3,9 +3,9 @@
     python -m train.puppets --model runs/puppet/model --out runs/puppet/shards --count 2000
 
 What `train.clips` would write as files and `liveavatar-jax encode` would read again is drawn and
-encoded here at once. The reference is the puppet at rest, as the portrait of a
-stream will be; the window has true frames before it. --model is a packed folder with the config,
-the VAE and the text encoder. A run that was stopped goes on at the shard that is missing.
+encoded here at once. The reference is the puppet at rest, as the portrait of a stream will be; the
+window has true frames before it. --model is a packed folder with the config, the VAE and the text
+encoder. A run that was stopped goes on at the shard that is missing.
 """
 
 import argparse
