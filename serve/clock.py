@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +29,10 @@ QUIET = 60  # of int16, RMS: what a live microphone may say without being somebo
 PIECE = RATE // 50  # of live sound that is dropped at once when it lags and is quiet
 LAG = RATE // 2  # of live sound that is behind by more than it must, before quiet is dropped
 LATE = 0.2  # seconds that the clock catches up with; more are a stall
+LOOP = 75  # frames of silence that are shown again and again, there and back
+FADE = 5  # frames from them to what is new
+
+Idle = Literal["generate", "loop", "freeze"]
 
 
 class Overflow(Exception):
@@ -80,8 +84,10 @@ class Timeline:
     """All counts are samples of the current epoch.
 
     live: a microphone, which goes on whether somebody speaks or not: quiet pieces are dropped when
-    it lags. freeze: the last frame stands while nobody speaks; but for one block of silence, so
-    that there is a frame, nothing is generated.
+    it lags. idle: while nobody speaks, frames are generated; or, when LOOP of them were shown,
+    these again, there and back, and the first ones of what is said fade in; or the last frame
+    stands, but for one block of silence, so that there is one. What is shown again counts as any
+    other sample, but the engine does not know of it.
     """
 
     def __init__(
@@ -93,11 +99,11 @@ class Timeline:
         margin: float = 0.2,
         limit: float = 120.0,
         live: bool = False,
-        freeze: bool = False,
+        idle: Idle = "generate",
     ):
         self.block, self.ahead, self.lookahead = block * PER_FRAME, ahead, lookahead
         self.margin, self.limit = margin, int(limit * RATE)
-        self.live, self.freeze = live, freeze
+        self.live, self.idle = live, idle
         self.epoch = 0
         self.gaps = self.dropped = self.stale = 0  # samples of silence within speech; of quiet that
         # was dropped; frames of older epochs
@@ -114,6 +120,9 @@ class Timeline:
         self._spans: collections.deque[Span] = collections.deque()
         self._speaking: Span | None = None
         self._rested = 0  # what was shown when the picture last stood still as it should
+        self.again = 0  # samples of frames that were shown again
+        self._silent: collections.deque[np.ndarray] = collections.deque(maxlen=LOOP)
+        self._resting, self._at, self._fade = False, 0, 0
 
     # ---- in
 
@@ -156,8 +165,8 @@ class Timeline:
         if block.epoch != self.epoch:
             self.stale += len(block.frames)
             return
-        if block.first != self.made:
-            raise ValueError(f"a block at sample {block.first}, but {self.made} comes next")
+        if (first := block.first + self.again) != self.made:
+            raise ValueError(f"a block at sample {first}, but {self.made} comes next")
         self._frames.extend(block.frames)
         self.made += len(block.frames) * PER_FRAME
 
@@ -166,7 +175,8 @@ class Timeline:
     @property
     def asked(self) -> int:
         """Samples that the engine has all it needs for."""
-        return max(0, self.sent - self.ahead) // self.block * self.block
+        said = self.sent - self.again
+        return max(0, said - self.ahead) // self.block * self.block + self.again
 
     @property
     def _needed(self) -> int:
@@ -199,10 +209,16 @@ class Timeline:
             return None
         if self.waiting and self._speaking is not None:
             return self._commit(needed)  # a gap
-        if self.freeze and self.sent and not self._spans:
-            self._rested = self.played
+        if self._may_rest:
+            self._resting, self._rested = True, self.played
             return None
         return self._silence(needed)
+
+    @property
+    def _may_rest(self) -> bool:
+        if self.idle == "generate" or self._spans or not self.sent:
+            return False
+        return self.idle == "freeze" or len(self._silent) == LOOP
 
     def _commit(self, needed: int) -> np.ndarray:
         """Speech, up to its end where that is known, filled up with silence."""
@@ -248,8 +264,8 @@ class Timeline:
     def next(self) -> Shown | None:
         """The next frame and its samples; None while it is not made yet."""
         if not self._frames:
-            return None
-        first, frame = self.played, self._frames.popleft()
+            return self._shown_again()
+        first, frame = self.played, self._faded(self._frames.popleft())
         samples = _taken(self._heard, PER_FRAME)
         self.played += PER_FRAME
         self.total += PER_FRAME
@@ -262,7 +278,41 @@ class Timeline:
                 self._spans.popleft()
                 played_ms = round(1000 * span.seconds(self.played))
                 events.append(("speech.ended", {"played_ms": played_ms, "interrupted": False}))
+        if self.idle == "loop" and not self._fade:
+            if events or self._spans:
+                self._silent.clear()
+            else:
+                self._silent.append(frame)
         return Shown(self.epoch, first, frame, samples, tuple(events))
+
+    def _shown_again(self) -> Shown | None:
+        """A frame of the loop, in silence."""
+        if not self._resting or self._spans or not self._silent:
+            return None
+        first, self._fade = self.played, FADE
+        self.played += PER_FRAME
+        self.total += PER_FRAME
+        self.sent += PER_FRAME
+        self.made += PER_FRAME
+        self.again += PER_FRAME
+        self._rested = self.played
+        return Shown(self.epoch, first, self._round(), np.zeros(PER_FRAME, np.int16))
+
+    def _round(self) -> np.ndarray:
+        """The next frame of the loop, which begins at the last one and goes back."""
+        self._at += 1
+        at = self._at % (2 * LOOP - 2)
+        return self._silent[LOOP - 1 - min(at, 2 * LOOP - 2 - at)]
+
+    def _faded(self, frame: np.ndarray) -> np.ndarray:
+        """A new frame, which comes in over the loop if that was shown before it."""
+        self._resting = False
+        if not self._fade:
+            self._at = 0
+            return frame
+        old, part = self._round().astype(np.float32), self._fade / (FADE + 1)
+        self._fade -= 1
+        return np.round(part * old + (1 - part) * frame).astype(frame.dtype)
 
     def _take(self, count: int) -> np.ndarray:
         self.waiting -= count

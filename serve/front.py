@@ -34,6 +34,7 @@ from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
 from serve import jobs, marks, rtc
 from serve.auth import Auth, Bucket, Denied, Grant, bearer
+from serve.clock import Idle
 from serve.link import Link, engine
 from serve.metrics import Metrics
 from serve.pictures import portrait
@@ -84,7 +85,7 @@ class Create(BaseModel):
     prompt: str = Field(PROMPT, min_length=1, max_length=CHARACTERS)
     seed: int = Field(0, ge=0, lt=2**31)
     live: bool = False  # sound of a microphone, which never stops
-    idle: Literal["generate", "freeze"] = "generate"
+    idle: Idle = "generate"
     transport: Literal["any", "livekit"] = "any"
     livekit: Room | None = None
 
@@ -128,7 +129,7 @@ class Front:
         face = self._face(wanted.avatar)
         session = await self.sessions.create(
             functools.partial(portrait, face), wanted.prompt, seed=wanted.seed, live=wanted.live,
-            freeze=wanted.idle == "freeze",
+            idle=wanted.idle,
         )  # fmt: skip
         if wanted.avatar.consent is not None:
             record = wanted.avatar.consent.model_dump() | {

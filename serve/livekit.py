@@ -73,7 +73,7 @@ class AvatarGenerator(avatar.VideoGenerator):
     seconds of sound that was."""
 
     def __init__(self, session: Session, drop: Callable[[], float] = lambda: 0.0):
-        if session.timeline.live or session.timeline.freeze:
+        if session.timeline.live or session.timeline.idle != "generate":
             raise Problem(400, "bad-input", "in a room, live is false and idle is generate")
         self.watching = False  # until somebody takes what is shown
         self._session, self._drop = session, drop

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from serve.clock import Clock, Overflow, Shown, Timeline, publish
+from serve.clock import Clock, Idle, Overflow, Shown, Timeline, publish
 from serve.headroom import Work
 from serve.link import Link
 from serve.metrics import Metrics
@@ -107,13 +107,13 @@ class Session:
 
     def __init__(
         self, worker: Worker, ready: Ready, limits: Limits, metrics: Metrics, clock: Clock,
-        *, live: bool, freeze: bool, mark: Mark | None = None,
+        *, live: bool, idle: Idle, mark: Mark | None = None,
     ):  # fmt: skip
         self._mark = mark
         self.id = secrets.token_urlsafe(9)
         self.worker, self.ready, self.limits, self.metrics = worker, ready, limits, metrics
         self.timeline = Timeline(
-            ready.frames, ready.ahead, lookahead=limits.lookahead, live=live, freeze=freeze,
+            ready.frames, ready.ahead, lookahead=limits.lookahead, live=live, idle=idle,
             limit=limits.speech,
         )  # fmt: skip
         self.state, self.reason = "opening", ""
@@ -215,7 +215,7 @@ class Session:
         now = self._clock.now()
         if message.epoch == self.timeline.epoch and self._asked:
             asked = self._asked.popleft()
-            self._blocks.append((message.first, asked, now))
+            self._blocks.append((message.first + self.timeline.again, asked, now))
             took = now - max(asked, self._arrived)  # without its wait in a queue
             low, high = MARGIN
             wanted = min(high, max(low, 0.08 + 1.5 * took))

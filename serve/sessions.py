@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.clock import Clock, RealClock
+from serve.clock import Clock, Idle, RealClock
 from serve.headroom import Pulse, Work
 from serve.link import Link
 from serve.metrics import Metrics
@@ -64,7 +64,7 @@ class Sessions:
 
     async def create(
         self, picture: Callable[[Ready], np.ndarray], prompt: str, *, seed: int = 0,
-        live: bool = False, freeze: bool = False,
+        live: bool = False, idle: Idle = "generate",
     ) -> Session:  # fmt: skip
         """A session that is open. picture: makes the portrait for the model's size. Raises Problem
         when there is no place, before those that run would notice."""
@@ -82,7 +82,7 @@ class Sessions:
             self._refuse("busy", 429, "no time is left for one more; try again later", 5.0)
         assert worker.ready is not None
         session = Session(
-            worker, worker.ready, self.limits, self.metrics, self.clock, live=live, freeze=freeze,
+            worker, worker.ready, self.limits, self.metrics, self.clock, live=live, idle=idle,
             mark=self._mark,
         )  # fmt: skip
         self.all[session.id] = session

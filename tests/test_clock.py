@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from serve.clock import LAG, PIECE, QUIET, Overflow, Shown, Timeline, publish
+from serve.clock import LAG, LOOP, PIECE, QUIET, Overflow, Shown, Timeline, publish
 from serve.engine import Seat
 from serve.wire import FPS, PER_FRAME, RATE, Block
 
@@ -463,7 +463,7 @@ def test_a_quiet_microphone_is_nobody_who_speaks():
 
 
 def test_frozen_the_last_frame_stands_while_nobody_speaks():
-    world = World(freeze=True)
+    world = World(idle="freeze")
     world.run(60.0)
     assert len(world.shown) == FRAMES and len(world.asked) == 1
     world.say(2 * RATE)
@@ -476,6 +476,35 @@ def test_frozen_the_last_frame_stands_while_nobody_speaks():
     assert len(world.asked) == count and world.stalled == 0
     check_pairs(world)
     assert [name for _, name, _ in world.events()] == ["speech.started", "speech.ended"]
+
+
+def test_in_a_loop_silence_is_shown_again_and_nothing_is_made():
+    """There and back; then what is said fades in, and counts go on as if all had been made."""
+    world = World(idle="loop")
+    world.run(60.0)
+    made = world.line.made - world.line.again
+    assert made == len(world.asked) * BLOCK <= (LOOP + 2 * FRAMES) * PER_FRAME
+    again = [pair for _, pair in world.shown][made // PER_FRAME :]
+    shown = lambda pair: int(pair.frame[1])
+    last = made // PER_FRAME - 1
+    there = [last - 1 - i for i in range(LOOP - 1)] + [last - LOOP + 2 + i for i in range(LOOP - 1)]
+    assert [shown(pair) for pair in again[: len(there)]] == there
+    assert not any(pair.samples.any() for pair in again)
+    assert [pair.first for _, pair in world.shown] == [
+        i * PER_FRAME for i in range(len(world.shown))
+    ]
+    world.say(2 * RATE)
+    world.line.end()
+    world.run(63.5)
+    assert world.when(0) <= 60 + world.seconds + AHEAD / RATE + 2 * BEAT
+    np.testing.assert_array_equal(world.spoken(), speech(0, 2 * RATE))
+    count = len(world.asked)
+    world.run(600.0)
+    assert len(world.asked) <= count + LOOP // FRAMES + 3 and world.stalled == 0
+    assert [name for _, name, _ in world.events()] == ["speech.started", "speech.ended"]
+    assert world.clear() == 0.0 and world.line.again == 0
+    world.run(601.0)
+    assert world.shown[-1][1].epoch == 1
 
 
 # ---- a late engine
@@ -569,9 +598,9 @@ deeds = some.lists(
 
 
 @settings(deadline=None, max_examples=100, database=None)
-@given(deeds, some.booleans(), some.integers(1, 3), some.integers(0, 3))
-def test_in_whatever_order_things_happen_nothing_is_lost_or_mixed(deeds, freeze, lookahead, late):
-    line = Timeline(FRAMES, AHEAD, freeze=freeze, lookahead=lookahead, limit=10.0)
+@given(deeds, some.sampled_from(["generate", "freeze"]), some.integers(1, 3), some.integers(0, 3))
+def test_in_whatever_order_things_happen_nothing_is_lost_or_mixed(deeds, idle, lookahead, late):
+    line = Timeline(FRAMES, AHEAD, idle=idle, lookahead=lookahead, limit=10.0)
     seat, flight = Seat("", 0, 0, BLOCK, AHEAD), []
     # of the epoch: samples pushed, what the engine was told, what was shown
     pushed, told, shown = 0, [], []

@@ -30,6 +30,7 @@ from websockets.exceptions import InvalidStatus
 from serve import front, link, mock
 from serve import socket as line_of
 from serve.auth import Auth
+from serve.clock import LOOP
 from serve.link import Link
 from serve.metrics import Metrics
 from serve.pictures import jpeg
@@ -192,6 +193,20 @@ async def test_frozen_a_session_shows_one_block_until_somebody_speaks():
             assert len(line.frames) <= 12
             await line.say(tone(1.0))
             await line.tell("audio.end")
+            assert (await line.event("speech.ended"))["played_ms"] == 1000
+            assert line.named("stats")[-1]["stall_ms"] < 500
+
+
+@in_loop
+async def test_in_a_loop_a_session_goes_on_and_turns_are_timed():
+    """The engine's counts and the session's differ by what was shown again."""
+    async with serving() as served:
+        async with joined(served, await served.create(idle="loop")) as line:
+            await line.until(lambda: len(line.frames) >= LOOP + 20)
+            await line.say(tone(1.0))
+            await line.tell("audio.end")
+            started = await line.event("speech.started")
+            assert started["make_ms"] < 500 and 0 < started["turn_ms"] < 2000
             assert (await line.event("speech.ended"))["played_ms"] == 1000
             assert line.named("stats")[-1]["stall_ms"] < 500
 
