@@ -98,9 +98,8 @@ LATENT_STD = (
 class VAEConfig:
     """The causal 3-D VAE of Wan2.1: 4 frames and 8×8 pixels to one latent position.
 
-    Small ones have `cells`: so many residuals of width `dim` in encoder and decoder, all at the
-    size of the latents, in pictures of one size, `grid`; of the other sizes only the product
-    counts, 4 frames and 8×8 pixels.
+    Small ones have `cells`: so many residuals of width `dim` in the decoder, in pictures of one
+    size, `grid`; of the other sizes only the product counts, 4 frames and 8×8 pixels.
     """
 
     dim: int = 96
@@ -108,7 +107,7 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2
     time_down: tuple[bool, ...] = (False, True, True)
-    cells: tuple[int, int] | None = None  # None: the published pyramid of levels
+    cells: int | None = None  # None: the published pyramid of levels
     grid: tuple[int, int] = (8, 8)  # rows and columns of latents that cells know
     latent_mean: tuple[float, ...] = LATENT_MEAN
     latent_std: tuple[float, ...] = LATENT_STD
@@ -122,8 +121,9 @@ class VAEConfig:
         ):
             ok = len(getattr(self, name)) == length
             insist(ok, self, name, f"have {length} entries, as {source} = {getattr(self, source)}")
-        known = self.cells is None or min(self.cells) >= 1
-        insist(known, self, "cells", "be None or at least 1 each")
+        insist(self.cells is None or self.cells >= 1, self, "cells", "be None or at least 1")
+        enough = self.cells is None or self.z_dim > 4
+        insist(enough, self, "z_dim", "be above 4, for four channels of cells tell motion")
 
     @property
     def frames_per_latent(self) -> int:

@@ -109,12 +109,15 @@ def encode_portrait(model: Avatar, picture: Float[Array, "b H W 3"]) -> Portrait
     """
     picture = picture.astype(model.cfg.dtype)
     reference, _ = model.vae.encode(picture[:, None])
-    motion, _ = model.vae.encode(jnp.repeat(picture[:, None], MOTION_VIDEO_FRAMES, axis=1))
-    return from_latents(model, reference, motion)
+    motion = model.vae.still(picture, MOTION_VIDEO_FRAMES)
+    return from_latents(model, reference, motion, picture)
 
 
 def from_latents(
-    model: Avatar, reference: Float[Array, "b 1 h w c"], motion: Float[Array, "b m h w c"]
+    model: Avatar,
+    reference: Float[Array, "b 1 h w c"],
+    motion: Float[Array, "b m h w c"],
+    picture: Float[Array, "b H W 3"] | None = None,
 ) -> Portrait:
     """`encode_portrait` for what is encoded already."""
     _, _, h, w, _ = reference.shape
@@ -124,7 +127,7 @@ def from_latents(
             "are multiples of 16 pixels"
         )
     reference, motion = (x.astype(model.cfg.dtype) for x in (reference, motion))
-    _, decoder = model.vae.decode(motion[:, :_PRIMING_LATENTS])
+    decoder = model.vae.primed(motion[:, :_PRIMING_LATENTS], picture)
     return Portrait(reference=reference, motion=motion, decoder=decoder)
 
 

@@ -43,9 +43,9 @@ def counted(function, *arguments) -> float:
     return lowered.cost_analysis()["flops"]  # type: ignore[index]
 
 
-# Small presets' coder, wide enough for products to outweigh the softmax, which is not counted.
+# Small presets' coder, wide enough for products to outweigh motion, which is not counted.
 CELLS = dataclasses.replace(
-    one_layer(dim=512, heads=8), vae=VAEConfig(dim=256, cells=(1, 3), grid=(48, 48))
+    one_layer(dim=512, heads=8), vae=VAEConfig(dim=256, cells=3, grid=(48, 48))
 )
 
 

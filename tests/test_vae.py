@@ -8,6 +8,7 @@ from flax import nnx
 
 from liveavatar_jax.config import LATENT_MEAN, VAEConfig
 from liveavatar_jax.models.causal import CausalConv
+from liveavatar_jax.models.cells import MOTION, along_latents, by_frame
 from liveavatar_jax.models.conv import conv2d, conv2d_doubled, conv3d
 from liveavatar_jax.models.vae import VAE, denormalise, normalise
 from liveavatar_jax.paths import leaves, replace
@@ -26,7 +27,7 @@ decode = jax.jit(lambda vae, latents, cache: vae.decode(latents, cache))
 
 
 # As small presets have it: all work at the size of the latents.
-CELLS = dataclasses.replace(SMALL, dim=8, cells=(2, 2), grid=(3, 5))
+CELLS = dataclasses.replace(SMALL, dim=8, cells=2, grid=(3, 5))
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +208,44 @@ def test_cells_stream_as_the_published_form_does(cells):
 def test_cells_take_several_latents_at_once(cells):
     """As training does: the same as one after another."""
     video, latents = noise(2, 9, 12, 20, 3), noise(2, 3, 3, 5, Z)
-    first, cache = cells.moments(video[:, :1], None)
-    rest, _ = cells.moments(video[:, 1:], cache)
-    means = jnp.concatenate([first, rest], axis=1)[..., :Z]
-    assert_close(normalise(means, CELLS), in_calls(encode, cells, video, [9]))
+    first, cache = cells.latents(video[:, :1], None)
+    rest, _ = cells.latents(video[:, 1:], cache)
+    assert_close(jnp.concatenate([first, rest], 1), in_calls(encode, cells, video, [9]))
     first, cache = cells.shown(latents[:, :1], None)
     rest, _ = cells.shown(latents[:, 1:], cache)
     assert_close(jnp.concatenate([first, rest], 1), in_calls(decode, cells, latents, [3]))
+
+
+def test_a_latent_of_the_key_shows_the_key(cells):
+    """Its very picture, whatever residuals have learnt; and a still one needs no search."""
+    picture = jnp.tanh(noise(2, 12, 20, 3))
+    still = cells.still(picture, 9)
+    assert_close(still, in_calls(encode, cells, jnp.repeat(picture[:, None], 9, axis=1), [9]))
+    frames, _ = cells.decode(still, cells.primed(still, picture))
+    assert_close(frames, jnp.repeat(picture[:, None], 12, axis=1))
+    frames, _ = cells.decode(still.at[:, 1].add(1.0), cells.primed(still, picture))
+    assert jnp.abs(frames[:, 4:8] - picture[:, None]).max() > 0.1
+
+
+def test_a_published_decoder_is_primed_by_what_it_shows(vae):
+    latents = noise(1, 2, 3, 5, Z)
+    same(vae.primed(latents), vae.decode(latents)[1])
+    video = jnp.repeat(noise(1, 1, 12, 20, 3), 5, axis=1)
+    assert_close(vae.still(video[:, 0], 5), vae.encode(video)[0])
+
+
+def test_motion_moves_the_key(cells):
+    """By its mean over four frames, here none, and by its growth from one to the next."""
+    bare = jax.tree.map(jnp.zeros_like, cells)
+    picture = jnp.tanh(noise(1, 12, 20, 3))
+    flow = jnp.zeros((1, 1, 3, 5, Z)).at[..., 2].set(2 / 3)
+    cache = bare.decoder.begin(jnp.zeros((1, 1, 3, 5, Z)), picture[:, None])
+    frames, _ = bare.decoder(flow, cache)
+    for frame, by in (frames[0, 0], -1), (frames[0, -1], 1):
+        want = jnp.roll(picture[0], -by, axis=1)
+        np.testing.assert_allclose(frame[:, 4:-4], want[:, 4:-4], atol=1e-5)
+    motion = along_latents(by_frame(noise(1, 2, 3, 5, MOTION), 4), 4)
+    np.testing.assert_allclose(motion, noise(1, 2, 3, 5, MOTION), atol=1e-5)
 
 
 def test_cells_refuse_the_cache_of_another_video(cells):
@@ -230,40 +262,38 @@ def test_cells_know_pictures_of_one_size(cells):
 
 
 def test_without_residuals_cells_are_a_linear_coder_of_each_place(cells):
-    """With all other weights zero, the maps of pixels and back are what remains, and what a change
-    from one latent to the next adds; the first frame counts as one that stands still."""
+    """With all other weights zero, the maps of pixels and back are what remains, where nothing
+    moves; of pictures and of what changes in them."""
     rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(3, 5, 192, Z)))[0].astype(np.float32)
-    moves = rng.normal(size=(3, 5, Z, 192)).astype(np.float32)
-    maps = {"encoder.look.kernel": basis, "decoder.show.kernel": basis.swapaxes(2, 3),
-            "decoder.move.kernel": moves, "to_moments.kernel": np.eye(2 * Z),
-            "from_latents.kernel": np.eye(Z)}  # fmt: skip
+    basis = np.linalg.qr(rng.normal(size=(3, 5, 192, Z - MOTION)))[0].astype(np.float32)
+    maps = {"encoder.look.kernel": basis, "decoder.show.kernel": basis.swapaxes(2, 3)}
     maps = {path: jnp.asarray(array, jnp.float32) for path, array in maps.items()}
     bare = replace(cells, leaves(jax.tree.map(jnp.zeros_like, cells)) | maps)
-    video = noise(1, 5, 12, 20, 3)
-    latents, _ = bare.encode(video)
-    means = denormalise(latents, CELLS)
-    here = video[:, :, 4:8, 12:16]  # row 1, column 3
-    group = lambda frames: np.asarray(frames).reshape(192)
+    picture = noise(1, 12, 20, 3)
+    latents = denormalise(bare.still(picture, 5), CELLS)
+    here = np.repeat(np.asarray(picture)[0, None, 4:8, 12:16], 4, axis=0).reshape(192)
     own = basis[1, 3]
-    want = np.stack([group(np.repeat(here[:, :1], 4, axis=1)), group(here[:, 1:])]) @ own
-    np.testing.assert_allclose(means[0, :, 1, 3], want, atol=1e-5)
-    frames, _ = bare.decode(latents)
-    back = want @ own.T
-    back[1] += (want[1] - want[0]) @ moves[1, 3]
-    back = back.reshape(2, 4, 4, 4, 3)
-    back = np.concatenate([back[0, -1:], back[1]])
-    np.testing.assert_allclose(frames[0, :, 4:8, 12:16], back, atol=1e-4)
+    np.testing.assert_allclose(latents[0, :, 1, 3, MOTION:], np.stack([here @ own] * 2), atol=1e-5)
+    np.testing.assert_allclose(latents[..., :MOTION], 0.0, atol=1e-6)
+    shown = lambda x, picture=None: bare.decode(
+        normalise(x, CELLS), bare.primed(normalise(latents, CELLS), picture))[0]  # fmt: skip
+    here = (own @ (own.T @ here)).reshape(4, 4, 4, 3)[-1:]
+    np.testing.assert_allclose(shown(latents)[0, :4, 4:8, 12:16], here.repeat(4, axis=0), atol=1e-4)
+    change = noise(Z - MOTION)
+    frames = shown(latents.at[:, 1, 1, 3, MOTION:].add(change), picture)
+    apart = np.asarray(frames - picture[:, None])[0, 4:, 4:8, 12:16]
+    np.testing.assert_allclose(apart, (own @ change).reshape(4, 4, 4, 3), atol=1e-4)
 
 
 def test_gradient_reaches_every_weight_of_cells(cells):
+    """Of the decoder; that of the encoder's code as well, and its search needs none."""
+
     def loss(vae, video):
-        first, cache = vae.moments(video[:, :1], None)
-        rest, _ = vae.moments(video[:, 1:], cache)
-        mean, spread = jnp.split(jnp.concatenate([first, rest], 1), 2, axis=-1)
-        frames, cache = vae.shown(mean[:, :1], None)
-        more, _ = vae.shown(mean[:, 1:], cache)
-        return jnp.mean(frames**2) + jnp.mean(more**2) + jnp.mean(spread)
+        first, cache = vae.latents(video[:, :1], None)
+        latents, _ = vae.latents(video[:, 1:], cache)
+        frames, cache = vae.shown(first, None)
+        more, _ = vae.shown(latents, cache)
+        return jnp.mean(frames**2) + jnp.mean(more**2)
 
     grads = jax.jit(jax.grad(loss))(cells, noise(1, 9, 12, 20, 3))
     for path, grad in leaves(grads).items():
@@ -280,7 +310,8 @@ def test_initial_weights_keep_the_scale_of_what_passes():
 @pytest.mark.parametrize("wrong, words", [
     ({"z_dim": 8}, "latent_mean = .* have 8 entries, as z_dim = 8"),
     ({"dim_mult": (1, 2)}, "time_down = .* have 1 entries"),
-    ({"cells": (2, 0)}, "cells = .* be None or at least 1 each"),
+    ({"cells": 0}, "cells = 0 must be None or at least 1"),
+    ({"cells": 1, "z_dim": 4, "latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}, "z_dim = 4"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_itself_is_refused(wrong, words):
     with pytest.raises(LiveAvatarError, match=words):

@@ -71,9 +71,13 @@ class Scene:
 
     @property
     def rest(self) -> puppet.Pose:
-        """One frame, neutral and still."""
-        noise = np.zeros((1, puppet.WARM + 1, puppet.GESTURE_NOISE), np.float32)
-        return puppet.gestures(noise, np.array([0]), np.array([[REST]], np.float32))
+        return at_rest()
+
+
+def at_rest() -> puppet.Pose:
+    """One frame, neutral and still."""
+    noise = np.zeros((1, puppet.WARM + 1, puppet.GESTURE_NOISE), np.float32)
+    return puppet.gestures(noise, np.array([0]), np.array([[REST]], np.float32))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

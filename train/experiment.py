@@ -16,7 +16,7 @@ from liveavatar_jax.parallel.mesh import TrainMesh
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.weights.wan import LORA_TARGETS
 
-LINEAR = ("encoder.look", "decoder.show", "decoder.move")  # the linear code within a VAE
+LINEAR = ("decoder.show",)  # the linear code within a VAE
 
 
 def slowly(
@@ -164,46 +164,42 @@ class Distill(Forcing):
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """The VAE of a small preset learns on drawn puppets.
+    """The decoder of a small preset's VAE learns on drawn puppets; the encoder is known.
 
-    start: a packed model whose decoder goes on learning; its latents stay what they are, so that
-    whatever was trained on them goes with it. noise: on its latents, up to this deviation, so that
-    it knows a diffusion model's errors.
-    frames: 1 + 4 k of a clip; more than one latent after the first shows the coder its own past.
+    start: a packed model whose decoder goes on learning; None: a new one. noise: on its latents,
+    up to this deviation, so that it knows a diffusion model's errors.
+    frames: of a clip, whole latents; more than one shows the decoder its own past.
     focus: weights of mouth and of eyes. square: of the square error beside the absolute one, edges:
-    of the gradients over rows and columns, motion: over frames. divergence: of the
-    posterior from the unit normal. rate: rises for `warm` steps, and falls along half a cosine;
-    `linear` times that for the linear code, which begins as the best there is.
+    of the gradients over rows and columns, motion: over frames. rate: rises for `warm` steps, and
+    falls along half a cosine; `linear` times that for the linear code, which begins as the best
+    there is.
     """
 
     vae: VAEConfig
     start: str | None = None
-    noise: float = 0.0
+    noise: float = 0.1
     size: int = 64
     batch: int = 4
-    frames: int = 9
-    rate: float = 5e-4
+    frames: int = 8
+    rate: float = 2e-3
     warm: int = 100
-    linear: float = 0.05
-    focus: tuple[float, float] = (3.0, 3.0)
-    square: float = 1.0
+    linear: float = 0.2
+    focus: tuple[float, float] = (6.0, 4.0)
+    square: float = 2.0
     edges: float = 0.7
     motion: float = 0.7
-    divergence: float = 3e-4
     clip: float = 1.0
-    average: float = 0.995
-    steps: int = 12_000
-    judge_every: int = 1000
-    save_every: int = 250
+    average: float = 0.999
+    steps: int = 6_000
+    judge_every: int = 500
+    save_every: int = 500
     keep: int = 2
     seed: int = 0
 
     def __post_init__(self):
         insist(self.vae.cells is not None, self, "vae", "have cells, for only these are trained")
-        alone = self.start is not None or not self.noise
-        insist(alone, self, "noise", "be 0 without a start, for a new VAE has noise of its own")
         group = self.vae.frames_per_latent
-        insist((self.frames - 1) % group == 0, self, "frames", f"be 1 + {group} k")
+        insist(self.frames % group == 0, self, "frames", f"divide by {group}")
         side, grid = self.vae.pixels_per_latent, self.vae.grid
         insist(self.size % side == 0, self, "size", f"divide by {side}")
         insist((self.size // side,) * 2 == grid, self, "size", f"make {grid}, as vae.grid has it")

@@ -4,8 +4,7 @@
     python -m train.preset --until shards   up to a part
 
     vae             configs/puppet_vae.py
-    model           the config of all networks, with the spread of the VAE's latents
-    decoder         configs/puppet_decoder.py: the VAE's decoder, from latents with noise
+    model           VAE, text encoder and the config of all networks
     shards          clips, drawn and encoded
     start           a network that knows where faces move, and no more
     teacher         configs/puppet_teacher.py: both ways, many steps
@@ -22,8 +21,6 @@ is to be trained --anew or that was begun.
 
 import argparse
 import contextlib
-import dataclasses
-import functools
 import shutil
 import subprocess
 import sys
@@ -35,18 +32,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import reduce
 from flax import nnx
 
 from liveavatar_jax.config import DiTConfig, MelConfig, ModelConfig, StreamConfig, VAEConfig
+from liveavatar_jax.data import puppet
 from liveavatar_jax.data.clips import Shards
 from liveavatar_jax.diffusion.losses import Focus
+from liveavatar_jax.models.cells import MOTION
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.paths import leaves, replace
 from liveavatar_jax.player import load as load_network
-from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.types import Float, LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
 from liveavatar_jax.weights.convert import TOKENIZER
-from train import autoencoder, export
+from train import export
+from train.clips import at_rest
 from train.experiment import Autoencoder, slowly
 from train.networks import fresh
 from train.run import load
@@ -56,10 +57,10 @@ OUT, SIZE = Path("runs/puppet"), 64
 SHIPPED = packed.PRESETS / packed.PRESET
 MODEL, SHARDS, PRESET = OUT / "model", OUT / "shards", OUT / "preset"
 START = OUT / "start"
-CLIPS = 3000  # to train
+CLIPS = 2400  # to train
 LATENTS = 21  # of a clip: 7 blocks
 FLOOR = 0.25  # of the mean weight of latents
-MEASURED = 64  # puppets that the spread of latents is taken from
+PORTRAITS = 64  # whose slopes tell what motion changes
 
 
 def networks(vae: VAEConfig, size: int) -> ModelConfig:
@@ -78,17 +79,34 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
 
 
 def focus() -> Focus:
-    """How much each latent counts: as much as it changes pixels, by the linear code of the VAE,
-    and a quarter of the mean at least: what makes pictures sharp changes few. Around mouths four
-    times that, and where they open 40 times: else what sound explains is a twentieth of the error,
-    and networks learn to shut it out before they learn to use it."""
+    """How much each latent counts: as much as it changes pixels, by the linear code of the VAE or
+    by how much a picture changes when it moves; and a quarter of the mean at least: what makes
+    pictures sharp changes few. Codes of mouths count four times that, and where they open 40
+    times: else what sound explains is a twentieth of the error, and networks learn to shut it out
+    before they learn to use it."""
     cfg = checkpoint.load_config(MODEL)
     kernel = np.asarray(load_network(MODEL, "vae", "float32").decoder.show.kernel[...])
-    weight = np.sum(kernel**2, axis=-1) * np.square(cfg.vae.latent_std)
+    code = np.sum(kernel**2, axis=-1)
+    weight = np.concatenate([slopes(cfg), code], axis=-1) * np.square(cfg.vae.latent_std)
     weight = np.maximum(weight, FLOOR * weight.mean())
-    weight[4:7, 2:6] *= 4.0
-    weight[5, 3:5] *= 10.0
+    weight[4:7, 2:6, MOTION:] *= 4.0
+    weight[5, 3:5, MOTION:] *= 10.0
     return tuple(tuple(tuple(map(float, x)) for x in row) for row in weight / weight.mean())
+
+
+def slopes(cfg: ModelConfig) -> Float[np.ndarray, "h w motion"]:
+    """Of portraits of puppets, over a latent of each place: the square change of all pixels where
+    they move by a pixel along x, along y, and by one more each frame."""
+    size, group = cfg.vae.pixels_per_latent, cfg.vae.frames_per_latent
+    noise = np.random.default_rng(0).random((PORTRAITS, puppet.IDENTITY_NOISE), np.float32)
+    rest = jax.tree.map(lambda x: np.repeat(x, PORTRAITS, axis=0), at_rest())
+    pictures: Any = puppet.draw(puppet.identity(noise), rest, cfg.size or SIZE)
+    found = []
+    for axis in (3, 2):
+        square = np.mean(np.gradient(pictures[:, 0], axis=axis - 1) ** 2, axis=0)
+        found.append(group * reduce(square, "(h p) (w q) c -> h w", "sum", p=size, q=size))
+    growth = np.mean((np.arange(group) - (group - 1) / 2) ** 2)
+    return np.stack([*found, *(growth * x for x in found)], axis=-1)
 
 
 def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -132,34 +150,12 @@ def make_model() -> None:
         _copy(SHIPPED, ("vae.safetensors",), MODEL)
         packed.pack(MODEL, networks(cfg.vae, cfg.size or SIZE), {})
         return
-    exp, vae = _finished("vae")
-    middle, spread = (tuple(map(float, x)) for x in jax.jit(functools.partial(_spread, exp))(vae))
-    cfg = dataclasses.replace(exp.vae, latent_mean=middle, latent_std=spread)
-    vae = replace(jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))), leaves(vae))
-    packed.pack(MODEL, networks(cfg, exp.size), {"vae": vae})
-
-
-def make_decoder() -> None:
-    """The decoder learns on, now that it is known how wide latents are."""
-    if not is_shipped():
-        command("train.autoencoder", "configs/puppet_decoder.py", "--out", OUT / "decoder")()
-        packed.pack(MODEL, checkpoint.load_config(MODEL), {"vae": _finished("decoder")[1]})
-
-
-def _finished(name: str) -> tuple[Autoencoder, VAE]:
-    """The average of a run that has come to its end."""
-    exp = load(Path(f"configs/puppet_{name}.py"), (Autoencoder,))
-    step, arrays = export.weights(OUT / name, "average")
+    exp = load(Path("configs/puppet_vae.py"), (Autoencoder,))
+    step, arrays = export.weights(OUT / "vae", "average")
     if step < exp.steps:
-        raise LiveAvatarError(f"{OUT / name} is at step {step} of {exp.steps}; let it finish")
-    return exp, replace(jax.eval_shape(lambda: VAE(exp.vae, rngs=nnx.Rngs(0))), _on_device(arrays))
-
-
-def _spread(exp: Autoencoder, vae: VAE) -> tuple[Any, Any]:
-    """Mean and deviation of each channel."""
-    clips = autoencoder.drawn(jax.random.key(77), MEASURED, exp.frames, exp.size)
-    latents, _ = vae.encode(clips.video)
-    return jnp.mean(latents, axis=(0, 1, 2, 3)), jnp.std(latents, axis=(0, 1, 2, 3))
+        raise LiveAvatarError(f"{OUT / 'vae'} is at step {step} of {exp.steps}; let it finish")
+    vae = jax.eval_shape(lambda: VAE(exp.vae, rngs=nnx.Rngs(0)))
+    packed.pack(MODEL, networks(exp.vae, exp.size), {"vae": replace(vae, _on_device(arrays))})
 
 
 def make_start() -> None:
@@ -211,7 +207,6 @@ def parts() -> dict[str, Callable[[], None]]:
     return {
         "vae": make_vae,
         "model": make_model,
-        "decoder": make_decoder,
         "shards": command("train.puppets", "--model", MODEL, "--out", SHARDS, "--count",
                           str(CLIPS), "--latents", str(LATENTS)),
         "start": make_start,

@@ -3,8 +3,8 @@
     python -m train.puppets --model runs/puppet/model --out runs/puppet/shards --count 2000
 
 What `train.clips` would write as files and `liveavatar-jax encode` would read again is drawn and
-encoded here at once. The reference is the puppet at rest, as the portrait of a stream will be; the
-window has true frames before it. --model is a packed folder with the config, the VAE and the text
+encoded here at once. The reference is the puppet at rest, as the portrait of a stream will be, and
+stands still before the clip. --model is a packed folder with the config, the VAE and the text
 encoder. A run that was stopped goes on at the shard that is missing.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -95,8 +94,7 @@ def _clips(
     cfg: ModelConfig, model: Path, make: Any, numbers: range, split: str, latents: int, seed: int,
     bar: tqdm,
 ) -> Iterator[Clip]:  # fmt: skip
-    frames = MOTION_VIDEO_FRAMES + PER_LATENT * latents
-    scenes = [stage(split, number, frames, seed) for number in numbers]
+    scenes = [stage(split, number, PER_LATENT * latents, seed) for number in numbers]
     texts = encode_prompts(model, cfg, [scene.caption for scene in scenes])
     for first in range(0, len(scenes), AT_ONCE):
         some = scenes[first : first + AT_ONCE]
@@ -106,15 +104,14 @@ def _clips(
         video, reference, still, audio = (np.asarray(x, np.float16) for x in made)
         for i, scene in enumerate(some):
             yield Clip(
-                latents=video[i, -latents:],
-                motion=video[i, :-latents],
+                latents=video[i],
+                motion=still[i],
                 references=reference[i],
                 stills=still[i][None],
                 text=np.asarray(texts[first + i], np.float16),
-                audio=audio[i, MOTION_VIDEO_FRAMES:],
+                audio=audio[i],
                 about=About(
-                    id=scene.id, start=0.0, frames=PER_LATENT * latents, past=MOTION_VIDEO_FRAMES,
-                    caption=scene.caption,
+                    id=scene.id, start=0.0, frames=PER_LATENT * latents, caption=scene.caption,
                 ),
             )  # fmt: skip
             bar.update()
@@ -150,9 +147,9 @@ def _encoded(
 ) -> tuple[Array, ...]:
     """Latents of the clips, of the puppets at rest, of that standing still; and what is heard."""
     assert cfg.log_mel is not None
-    latents, _ = vae.encode(video)
-    reference, _ = vae.encode(portrait)
-    still, _ = vae.encode(jnp.repeat(portrait, MOTION_VIDEO_FRAMES, axis=1))
+    reference, key = vae.encode(portrait)
+    latents, _ = vae.latents(video, key)
+    still = vae.still(portrait[:, 0], MOTION_VIDEO_FRAMES)
     return latents, reference, still, log_mel(heard, cfg.log_mel)
 
 

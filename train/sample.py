@@ -41,6 +41,5 @@ def decoded(
 
 @jax.jit
 def _decoded(vae: VAE, still: Array, latents: Array) -> Array:
-    _, cache = vae.decode(still)
-    frames, _ = vae.decode(latents, cache)
+    frames, _ = vae.decode(latents, vae.primed(still))
     return stream.pixels(jnp.clip(frames, -1.0, 1.0))

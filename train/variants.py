@@ -38,6 +38,7 @@ from liveavatar_jax.generate import portrait
 from liveavatar_jax.metrics.readers import READERS
 from liveavatar_jax.models.clip import bidirectional, condition
 from liveavatar_jax.models.mel import log_mel
+from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.player import load, load_avatar
 from liveavatar_jax.protocol import Request, frames_of
 from liveavatar_jax.types import Array, LiveAvatarError
@@ -182,19 +183,28 @@ def _taught(
 
 def coded(folder: Path, takes: Sequence[Take], out: Path) -> None:
     """The true videos, through the VAE and back."""
-    vae = load(folder, "vae", "float32")
-    through = jax.jit(lambda vae, x: jnp.clip(vae.decode(vae.encode(x)[0])[0], -1.0, 1.0))
+    cfg = checkpoint.load_config(folder)
+    vae, through = load(folder, "vae", "float32"), jax.jit(_through)
     for take in takes:
         if (out / f"{take.id}.mp4").is_file():
             continue
         if take.file is None:
             raise LiveAvatarError(f"{take.id} has no true video; list one under `file`")
         true = np.stack(list(frames_of(take.file)))
-        more = -(len(true) - 1) % vae.cfg.frames_per_latent  # the last frame stands still
+        more = -len(true) % vae.cfg.frames_per_latent  # the last frame stands still
         filled = np.concatenate([true, np.repeat(true[-1:], more, axis=0)])
-        frames = stream.pixels(through(vae, to_pixels(filled)[None]))
+        picture = to_pixels(portrait(take.image, cfg))[None]
+        frames = stream.pixels(through(vae, picture, to_pixels(filled)[None]))
         with _film(out, take, true.shape[1:3]) as video:
             video.write(np.asarray(frames)[0][: len(true)])
+
+
+def _through(vae: VAE, picture: Array, video: Array) -> Array:
+    """After a portrait that stands still, as in a stream."""
+    key, cache = vae.encode(picture[:, None])
+    latents, _ = vae.encode(video, cache)
+    frames, _ = vae.decode(latents, vae.primed(key, picture))
+    return jnp.clip(frames, -1.0, 1.0)
 
 
 def _film(out: Path, take: Take, size: tuple[int, ...]) -> VideoWriter:

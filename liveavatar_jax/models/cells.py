@@ -1,6 +1,10 @@
-"""The coder of small presets: the pixels of a latent, 4 frames of 8×8, are one position from the
-first layer to the last. So all the work is products of wide matrices, once in four frames, which
-a CPU is good at; and each place of the picture has a linear code of its own.
+"""The coder of small presets. A video is its first picture, the key, in motion: a latent says how
+four frames have moved from it, and what they show that a moved key does not (mouths, lids), where
+the key has it. So what a head does is a few smooth numbers, whoever it is, and pictures stay sharp
+however long a video is.
+
+The encoder has learnt nothing but a linear code for each place, and the decoder little more: a few
+convolutions retouch what its linear code shows.
 """
 
 import jax
@@ -9,46 +13,18 @@ from einops import rearrange
 from flax import nnx
 
 from liveavatar_jax.config import VAEConfig
-from liveavatar_jax.models.causal import (
-    Attention,
-    CausalConv,
-    Conv,
-    FeatureCache,
-    Norm,
-    Tail,
-    run,
-)
+from liveavatar_jax.models.causal import Conv, FeatureCache
 from liveavatar_jax.models.conv import conv2d
 from liveavatar_jax.models.layers import Linear
+from liveavatar_jax.models.motion import over_pixels, search, warped
 from liveavatar_jax.types import Array, Float
 
-
-class Cell(nnx.Module):
-    """Norm, SiLU, 3×3 convolution, SiLU, linear map; the input is added."""
-
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
-        self.norm = Norm(cfg, cfg.dim, rngs=rngs)
-        self.conv = Conv(cfg, cfg.dim, cfg.dim, (3, 3), rngs=rngs)
-        self.out = Linear(cfg.dim, cfg.dim, cfg.param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        y = self.conv.shift(conv2d(jax.nn.silu(self.norm(x)), self.conv.kernel[...]))
-        return x + self.out(jax.nn.silu(y)), ()
-
-
-class CellHead(nnx.Module):
-    """Norm, SiLU and a linear map."""
-
-    def __init__(self, cfg: VAEConfig, out: int, *, rngs: nnx.Rngs):
-        self.norm = Norm(cfg, cfg.dim, rngs=rngs)
-        self.out = Linear(cfg.dim, out, cfg.param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
-        return self.out(jax.nn.silu(self.norm(x))), ()
+HINTS = 8  # channels of a frame that tell a pixel what the latent says around it
+MOTION = 4  # channels of a latent: mean displacement of its frames along x and y, and its growth
 
 
 class Places(nnx.Module):
-    """A linear map of its own for each place of a picture: drawn heads are nearly aligned."""
+    """A linear map of its own for each place of a picture: heads are nearly aligned."""
 
     def __init__(self, cfg: VAEConfig, inputs: int, outputs: int):
         rows, columns = cfg.grid
@@ -56,64 +32,135 @@ class Places(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((rows, columns, outputs), cfg.param_dtype))
 
     def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
-        y = jnp.einsum("b f h w i, h w i o -> b f h w o", x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype)[None, None]
+        return self.change(x) + self.bias[...].astype(x.dtype)[None, None]
+
+    def change(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
+        """What a difference of inputs makes."""
+        return jnp.einsum("b f h w i, h w i o -> b f h w o", x, self.kernel[...].astype(x.dtype))
 
 
 class CellEncoder(nnx.Module):
-    """The pixels of each latent by a linear map, and what cells add to it; no memory. The first
-    frame of a video stands still for the others of its latent."""
+    """Displacements from the key, and a linear code of the frames as they are when moved back. The
+    first frame of a video is the key, and stands still for the others of its latent."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
-        pixels, (count, _) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
-        self.look = Places(cfg, pixels, cfg.z_dim)
-        self.into = Linear(pixels, cfg.dim, cfg.param_dtype, rngs=rngs)
-        self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
-        self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
-        self.attention = Attention(cfg, cfg.dim, rngs=rngs)
-        self.head = CellHead(cfg, 2 * cfg.z_dim, rngs=rngs)
+        self.look = Places(cfg, 3 * self.group * self.size**2, cfg.z_dim - MOTION)
 
-    def __call__(self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None):
+    def __call__(
+        self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None
+    ) -> tuple[Float[Array, "b f h w c"], FeatureCache]:
         if cache is None:
-            frames = jnp.repeat(frames, self.group, axis=1)
-        x = rearrange(
-            frames, "b (f t) (h p) (w q) c -> b f h w (t p q c)", t=self.group, p=self.size,
-            q=self.size,
-        )  # fmt: skip
-        *first, last = self.cells
-        y = self.into(x) + self.place[...].astype(x.dtype)[None, None]
-        y, _ = run([*first, self.attention, last, self.head], y, None)
-        means = self.look(x)
-        return y + jnp.pad(means, (*((0, 0),) * 4, (0, means.shape[-1]))), FeatureCache(())
+            cache, frames = FeatureCache((frames,)), jnp.repeat(frames, self.group, axis=1)
+        motion = along_latents(search(cache.tails[0], frames, self.size), self.group)
+        still = warped(frames, -over_pixels(by_frame(motion, self.group), self.size))
+        code = self.look(into_cells(still, self.group, self.size))
+        return jnp.concatenate([motion.astype(code.dtype), code], axis=-1), cache
 
 
 class CellDecoder(nnx.Module):
-    """The inverse: pixels by linear maps of their latent and of how it differs from the one before
-    it, without which pictures stand still within latents and jump between them; and what cells
-    add, which see this latent and the two before it. Of the first latent of a video the last frame
-    is shown."""
+    """The inverse: the key, and what a linear map adds to it where code differs from the key's,
+    retouched, and moved.
+
+    The cache has the latent of the key, its picture, and what retouching says of it alone, which
+    is taken off: a latent that is the key's shows the key. So there is no other memory.
+    """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.group, self.size = cfg.frames_per_latent, cfg.pixels_per_latent
-        pixels, (_, count) = 3 * self.group * self.size**2, cfg.cells or (0, 0)
-        self.show = Places(cfg, cfg.z_dim, pixels)
-        self.move = Places(cfg, cfg.z_dim, pixels)
-        self.conv_in = CausalConv(cfg, cfg.z_dim, cfg.dim, rngs=rngs)
-        self.place = nnx.Param(jnp.zeros((*cfg.grid, cfg.dim), cfg.param_dtype))
-        self.cells = nnx.List([Cell(cfg, rngs=rngs) for _ in range(count)])
-        self.attention = Attention(cfg, cfg.dim, rngs=rngs)
-        self.head = CellHead(cfg, pixels, rngs=rngs)
+        self.show = Places(cfg, cfg.z_dim - MOTION, 3 * self.group * self.size**2)
+        self.retouch = Retouch(cfg, rngs=rngs)
 
-    def __call__(self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None):
-        first, *rest = self.cells
-        y, after = run([self.conv_in], latent, cache)
-        y = y + self.place[...].astype(y.dtype)[None, None]
-        y, _ = run([first, self.attention, *rest, self.head], y, None)
-        known = latent[:, :1] if cache is None else cache.tails[0][:, -1:]
-        before = jnp.concatenate([known, latent[:, :-1]], axis=1)
-        frames = rearrange(
-            y + self.show(latent) + self.move(latent - before),
-            "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=self.group, p=self.size, q=self.size,
+    def begin(
+        self, latent: Float[Array, "b 1 h w c"], picture: Float[Array, "b 1 H W 3"] | None = None
+    ) -> FeatureCache:
+        """Before the first latent; without its picture the linear code says what the key is."""
+        if picture is None:
+            shown = self.show(latent[..., MOTION:])
+            picture = into_pixels(shown, self.group, self.size)[:, -1:]
+        picture = picture.astype(latent.dtype)
+        still = jnp.repeat(picture, self.group, axis=1)
+        return FeatureCache((latent, picture, self.retouch(jnp.zeros_like(latent), still, picture)))
+
+    def __call__(
+        self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None
+    ) -> tuple[Float[Array, "b F H W 3"], FeatureCache]:
+        memory = self.begin(latent[:, :1]) if cache is None else cache
+        key, picture, known = memory.tails
+        apart = latent - key
+        added = self.show.change(apart[..., MOTION:])
+        still = picture + into_pixels(added, self.group, self.size)
+        known = jnp.tile(known, (1, latent.shape[1], 1, 1, 1))
+        still = still + self.retouch(apart, still, picture) - known
+        flow = over_pixels(by_frame(latent[..., :MOTION], self.group), self.size)
+        frames = warped(still, flow)
+        return frames if cache is not None else frames[:, -1:], memory
+
+
+class Retouch(nnx.Module):
+    """What a picture of the linear code lacks, from it, the key, and the latent around each pixel:
+    convolutions over patches of 2 x 2 pixels, the same for all places but for what these say."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.group, self.size, dim = cfg.frames_per_latent, cfg.pixels_per_latent, cfg.dim
+        self.hear = Linear(cfg.z_dim, self.group * HINTS, cfg.param_dtype, rngs=rngs)
+        self.place = nnx.Param(jnp.zeros((*cfg.grid, self.group * HINTS), cfg.param_dtype))
+        conv = lambda c, out: Conv(cfg, c, out, (3, 3), rngs=rngs)
+        self.conv_in, self.out = conv(2 * 12 + HINTS, dim), conv(dim, 12)
+        self.convs = nnx.List([conv(dim, dim) for _ in range(cfg.cells or 0)])
+
+    def __call__(
+        self,
+        apart: Float[Array, "b f h w c"],
+        still: Float[Array, "b F H W 3"],
+        key: Float[Array, "b 1 H W 3"],
+    ) -> Float[Array, "b F H W 3"]:
+        hints = self.hear(apart) + self.place[...].astype(apart.dtype)[None, None]
+        hints = rearrange(hints, "b f h w (t k) -> b (f t) h w k", t=self.group)
+        hints = over_pixels(hints, self.size // 2)
+        fine = hints.shape[1]
+        pair = lambda x: rearrange(
+            jnp.broadcast_to(x, (len(x), fine, *x.shape[2:])),
+            "b F (h p) (w q) c -> b F h w (p q c)", p=2, q=2,
         )  # fmt: skip
-        return frames if cache is not None else frames[:, -1:], after
+        y = jnp.concatenate([pair(still), pair(key), hints], axis=-1)
+        apply = lambda conv, x: conv.shift(conv2d(x, conv.kernel[...]))
+        y = apply(self.conv_in, y)
+        for conv in self.convs:
+            y = y + apply(conv, jax.nn.silu(y))
+        y = apply(self.out, jax.nn.silu(y))
+        return rearrange(y, "b F h w (p q c) -> b F (h p) (w q) c", p=2, q=2)
+
+
+def into_cells(
+    frames: Float[Array, "b F H W c"], group: int, size: int
+) -> Float[Array, "b f h w k"]:
+    return rearrange(
+        frames, "b (f t) (h p) (w q) c -> b f h w (t p q c)", t=group, p=size, q=size
+    )  # fmt: skip
+
+
+def into_pixels(
+    cells: Float[Array, "b f h w k"], group: int, size: int
+) -> Float[Array, "b F H W c"]:
+    return rearrange(
+        cells, "b f h w (t p q c) -> b (f t) (h p) (w q) c", t=group, p=size, q=size
+    )  # fmt: skip
+
+
+def along_latents(flow: Float[Array, "b F h w 2"], group: int) -> Float[Array, "b f h w 4"]:
+    """Mean and growth a frame of what moves evenly within each latent, by least squares."""
+    flow, at = rearrange(flow, "b (f t) h w d -> b f t h w d", t=group), _times(group)
+    growth = jnp.einsum("b f t h w d, t -> b f h w d", flow, at / (at**2).sum())
+    return jnp.concatenate([flow.mean(axis=2), growth], axis=-1)
+
+
+def by_frame(motion: Float[Array, "b f h w 4"], group: int) -> Float[Array, "b F h w 2"]:
+    """The inverse of `along_latents`."""
+    mean, growth = jnp.split(motion, 2, axis=-1)
+    at = _times(group).astype(motion.dtype)[None, None, :, None, None, None]
+    return rearrange(mean[:, :, None] + growth[:, :, None] * at, "b f t h w d -> b (f t) h w d")
+
+
+def _times(group: int) -> Array:
+    return jnp.arange(group, dtype=jnp.float32) - 0.5 * (group - 1)

@@ -164,8 +164,9 @@ class VAE(nnx.Module):
         self.cfg = cfg
         encoder, decoder = (Encoder, Decoder) if cfg.cells is None else (CellEncoder, CellDecoder)
         self.encoder = encoder(cfg, rngs=rngs)
-        self.to_moments = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg.param_dtype, rngs=rngs)
-        self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
+        if cfg.cells is None:
+            self.to_moments = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg.param_dtype, rngs=rngs)
+            self.from_latents = Linear(cfg.z_dim, cfg.z_dim, cfg.param_dtype, rngs=rngs)
         self.decoder = decoder(cfg, rngs=rngs)
 
     def encode(
@@ -183,12 +184,14 @@ class VAE(nnx.Module):
         self._check_video(video, begins=cache is None)
         _check_cache(cache, video, "encode")
 
-        def latents(frames, cache):
-            moments, cache = self.moments(frames, cache)
-            mean, _ = jnp.split(moments, 2, axis=-1)
-            return normalise(mean, self.cfg), cache
+        return _stream(self.latents, video, cache, self.cfg.frames_per_latent)
 
-        return _stream(latents, video, cache, self.cfg.frames_per_latent)
+    def still(self, picture: Float[Array, "b H W 3"], frames: int) -> Float[Array, "b f h w c"]:
+        """`encode` of a picture that stands still for so many frames."""
+        if self.cfg.cells is None:
+            return self.encode(jnp.repeat(picture[:, None], frames, axis=1))[0]
+        latents, _ = self.encode(picture[:, None])  # cells have no memory but of the first frame
+        return jnp.repeat(latents, 1 + (frames - 1) // self.cfg.frames_per_latent, axis=1)
 
     def decode(
         self, latents: Float[Array, "b f h w c"], cache: FeatureCache | None = None
@@ -213,19 +216,36 @@ class VAE(nnx.Module):
             )
         return _stream(self.shown, latents, cache, 1)
 
-    def moments(
+    def primed(
+        self,
+        latents: Float[Array, "b f h w c"],
+        picture: Float[Array, "b H W 3"] | None = None,
+    ) -> FeatureCache:
+        """The cache of a decoder that has shown these latents, of a picture that stands still.
+
+        Cells need the first alone, and keep the picture itself, if they are given it.
+        """
+        if not isinstance(self.decoder, CellDecoder):
+            return self.decode(latents)[1]
+        first = denormalise(latents[:, :1], self.cfg)
+        return self.decoder.begin(first, None if picture is None else picture[:, None])
+
+    def latents(
         self, frames: Float[Array, "b F H W 3"], cache: FeatureCache | None
-    ) -> tuple[Float[Array, "b f h w cc"], FeatureCache]:
-        """Mean and log-variance, one after the other in c, of one frame without a cache, and of
-        the frames of one latent with it; cells take those of several at once."""
-        features, cache = self.encoder(frames, cache)
-        return self.to_moments(features), cache
+    ) -> tuple[Float[Array, "b f h w c"], FeatureCache]:
+        """Of one frame without a cache, and of the frames of one latent with it; cells take those
+        of several at once."""
+        y, cache = self.encoder(frames, cache)
+        if self.cfg.cells is None:
+            y, _ = jnp.split(self.to_moments(y), 2, axis=-1)  # and log-variance
+        return normalise(y, self.cfg), cache
 
     def shown(
         self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None
     ) -> tuple[Float[Array, "b F H W 3"], FeatureCache]:
         """Frames of one normalised latent; cells, with a cache, take several at once."""
-        return self.decoder(self.from_latents(denormalise(latent, self.cfg)), cache)
+        x = denormalise(latent, self.cfg)
+        return self.decoder(x if self.cfg.cells is not None else self.from_latents(x), cache)
 
     def _check_video(self, video, begins: bool) -> None:
         _, frames, height, width, colours = video.shape
@@ -282,9 +302,8 @@ def _stream(step, x, cache, group: int):
 
 
 def _check_cache(cache, x, call: str) -> None:
-    """The first layer keeps what came in, so its tail tells batch, size, channels and dtype; of
-    cells, only the decoder keeps something."""
-    if cache is None or not cache.tails:
+    """The first layer keeps what came in, so its tail tells batch, size, channels and dtype."""
+    if cache is None:
         return
     seen = cache.tails[0]
     if (seen.shape[0], *seen.shape[2:], seen.dtype) != (x.shape[0], *x.shape[2:], x.dtype):

@@ -9,6 +9,7 @@ product and writes its output once). So bytes are the least that must move.
 import dataclasses
 
 from liveavatar_jax.config import DiTConfig, ModelConfig, VAEConfig
+from liveavatar_jax.models.cells import HINTS, MOTION
 from liveavatar_jax.models.condition import MOTION_FRAMES
 
 
@@ -164,12 +165,15 @@ def decode_latent(vae: VAEConfig, size: Size) -> Cost:
         cost = conv(c, out, 27) + conv(out, out, 27)
         return cost if c == out else cost + conv(c, out, 1)
 
-    attention = conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
     if vae.cells is not None:
-        pixels = 3 * vae.frames_per_latent * vae.pixels_per_latent**2
-        own = linear(size, frames, z, pixels) * (h * w)  # each place has a map of its own
-        cost = conv(z, z, 1) + own + conv(z, c, 27) + conv(c, pixels, 1)
-        return cost + (conv(c, c, 9) + conv(c, c, 1)) * vae.cells[1] + attention
+        group = vae.frames_per_latent
+        pixels = 3 * group * vae.pixels_per_latent**2
+        own = linear(size, frames, z - MOTION, pixels) * (h * w)  # each place has a map of its own
+        fine = frames * group * h * w * (vae.pixels_per_latent // 2) ** 2  # patches of 2 x 2 pixels
+        conv2 = lambda c, out: linear(size, fine, 9 * c, out, 1 / 9)
+        hints = conv(z, group * HINTS, 1) + conv2(24 + HINTS, c)
+        return own + hints + conv2(c, c) * vae.cells + conv2(c, 12)
+    attention = conv(c, 3 * c, 1) + conv(c, c, 1) + attend(frames * h * w, h * w, c, 0)
     cost = conv(z, z, 1) + conv(z, c, 27) + residual(c, c) * 2 + attention
     for level, out in enumerate(widths):
         for _ in range(vae.res_blocks + 1):
