@@ -168,7 +168,7 @@ class Autoencoder:
 
     start: a packed model whose decoder goes on learning; None: a new one. noise: on its latents,
     up to this deviation, so that it knows a diffusion model's errors.
-    frames: of a clip, whole latents; more than one shows the decoder its own past.
+    frames: of a clip, whole latents.
     focus: weights of mouth and of eyes. square: of the square error beside the absolute one, edges:
     of the gradients over rows and columns, motion: over frames. rate: rises for `warm` steps, and
     falls along half a cosine; `linear` times that for the linear code, which begins as the best

@@ -34,8 +34,6 @@ def warped(
     flow, reach = jnp.clip(flow, -most, most), most + 2
     for axis, by in ((3, flow[..., :1]), (2, flow[..., 1:])):
         picture = _sum(picture, (_cubic(by - d) for d in range(-reach, reach + 1)), axis)
-        # Fused into what reads it, each pixel would be computed as often as it is read.
-        picture = jax.lax.optimization_barrier(picture)
     return picture
 
 
