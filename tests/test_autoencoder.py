@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.config import DiTConfig, ModelConfig, VAEConfig
 from liveavatar_jax.models.cells import MOTION, into_cells
 from liveavatar_jax.paths import leaves
 from liveavatar_jax.types import LiveAvatarError
+from liveavatar_jax.weights import packed
 from train import autoencoder
 from train.experiment import Autoencoder
 
@@ -24,7 +25,7 @@ EXP = Autoencoder(VAE, size=16, batch=3, frames=4, steps=4, save_every=2, judge_
 CONFIG = """
 import dataclasses
 from train.experiment import Autoencoder
-from liveavatar_jax.config import VAEConfig
+from liveavatar_jax.config import DiTConfig, ModelConfig, VAEConfig
 def config():
     return {exp!r}
 """
@@ -108,6 +109,17 @@ def test_it_learns(monkeypatch):
     moved = {path for path in old if not np.array_equal(old[path], new[path])}
     assert "decoder.show.kernel" in moved
     assert all(path.startswith("decoder.") for path in moved)
+
+
+def test_a_decoder_that_is_there_learns_on(tmp_path):
+    begun = first()
+    packed.pack(tmp_path, ModelConfig(dit=DiTConfig(), vae=VAE), {"vae": begun}, "float32")
+    config, run = tmp_path / "small.py", tmp_path / "run"
+    exp = dataclasses.replace(EXP, start=str(tmp_path), steps=2, rate=1e-9)
+    config.write_text(CONFIG.format(exp=exp))
+    assert autoencoder.main([str(config), "--out", str(run)]) == 0
+    for path, leaf in leaves(autoencoder.latest(exp, run).average).items():
+        np.testing.assert_allclose(leaf, leaves(begun)[path], atol=1e-6, err_msg=path)
 
 
 class Twice:
