@@ -63,7 +63,8 @@ class CellDecoder(nnx.Module):
     retouched, and moved.
 
     The cache has the latent of the key, its picture, and what retouching says of it alone, which
-    is taken off: a latent that is the key's shows the key. So there is no other memory.
+    is taken off: a latent that is the key's shows the key. Of the past it knows but where it led:
+    latents of a diffusion model jump a little from block to block, and heads do not.
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
@@ -80,20 +81,23 @@ class CellDecoder(nnx.Module):
             picture = into_pixels(shown, self.group, self.size)[:, -1:]
         picture = picture.astype(latent.dtype)
         still = jnp.repeat(picture, self.group, axis=1)
-        return FeatureCache((latent, picture, self.retouch(jnp.zeros_like(latent), still, picture)))
+        known = self.retouch(jnp.zeros_like(latent), still, picture)
+        no_past = jnp.zeros((*latent.shape[:-1], 3), latent.dtype)
+        return FeatureCache((latent, picture, known, no_past))
 
     def __call__(
         self, latent: Float[Array, "b f h w c"], cache: FeatureCache | None
     ) -> tuple[Float[Array, "b F H W 3"], FeatureCache]:
         memory = self.begin(latent[:, :1]) if cache is None else cache
-        key, picture, known = memory.tails
+        key, picture, known, led = memory.tails
         apart = latent - key
         added = self.show.change(apart[..., MOTION:])
         still = picture + into_pixels(added, self.group, self.size)
-        known = jnp.tile(known, (1, latent.shape[1], 1, 1, 1))
-        still = still + self.retouch(apart, still, picture) - known
-        flow = over_pixels(by_frame(latent[..., :MOTION], self.group), self.size)
-        frames = warped(still, flow)
+        tiled = jnp.tile(known, (1, latent.shape[1], 1, 1, 1))
+        still = still + self.retouch(apart, still, picture) - tiled
+        flow, led = joined(latent[..., :MOTION], led, self.group)
+        frames = warped(still, over_pixels(flow, self.size))
+        memory = FeatureCache((key, picture, known, led))
         return frames if cache is not None else frames[:, -1:], memory
 
 
@@ -160,6 +164,24 @@ def by_frame(motion: Float[Array, "b f h w 4"], group: int) -> Float[Array, "b F
     mean, growth = jnp.split(motion, 2, axis=-1)
     at = _times(group).astype(motion.dtype)[None, None, :, None, None, None]
     return rearrange(mean[:, :, None] + growth[:, :, None] * at, "b f t h w d -> b (f t) h w d")
+
+
+def joined(
+    motion: Float[Array, "b f h w 4"], led: Float[Array, "b 1 h w 3"], group: int
+) -> tuple[Float[Array, "b F h w 2"], Float[Array, "b 1 h w 3"]]:
+    """Displacements of frames, in one line with those before: what a latent is apart from where
+    the last one led is made good along its frames.
+
+    led: where that is, and 1; zeros before the first, which starts where it says.
+    """
+    mean, growth = jnp.split(motion, 2, axis=-1)
+    after = mean + growth * (0.5 * (group + 1))
+    led = jnp.concatenate([led, jnp.pad(after, [(0, 0)] * 4 + [(0, 1)], constant_values=1)], 1)
+    begins = mean - growth * (0.5 * (group - 1))
+    apart = led[:, :-1, ..., 2:] * (led[:, :-1, ..., :2] - begins)
+    fade = (1 - jnp.arange(group, dtype=motion.dtype) / group)[None, None, :, None, None, None]
+    glide = rearrange(apart[:, :, None] * fade, "b f t h w d -> b (f t) h w d")
+    return by_frame(motion, group) + glide, led[:, -1:]
 
 
 def _times(group: int) -> Array:
