@@ -315,6 +315,11 @@ class ModelConfig:
             )
 
     @property
+    def block(self) -> int:
+        """Video frames that are made at once."""
+        return self.stream.block_frames * self.vae.frames_per_latent
+
+    @property
     def _heard(self) -> tuple[int, int]:
         return self.dit.audio_layers, self.dit.audio_dim
 

@@ -28,7 +28,7 @@ from liveavatar_jax.data import speech
 from liveavatar_jax.data.image import fit_portrait, read_picture, to_pixels
 from liveavatar_jax.data.prompt import PROMPT, Tokenizer
 from liveavatar_jax.data.takes import FPS, Take, read_takes
-from liveavatar_jax.generate import BLOCK, SAMPLES, ear, generate, with_lead
+from liveavatar_jax.generate import SAMPLES, ear, generate, with_lead
 from liveavatar_jax.generate import Request as Generate
 from liveavatar_jax.metrics import embeddings, page, verdict
 from liveavatar_jax.metrics.face import Faces
@@ -36,7 +36,7 @@ from liveavatar_jax.metrics.frechet import Statistics
 from liveavatar_jax.metrics.observe import Embed, Eyes
 from liveavatar_jax.metrics.readers import READERS, Readers
 from liveavatar_jax.player import load, load_avatar
-from liveavatar_jax.protocol import Job, Request, Seer, blocks_of, frames_of
+from liveavatar_jax.protocol import Job, Request, Seer, frames_of
 from liveavatar_jax.rows import Rows
 from liveavatar_jax.types import Float, LiveAvatarError
 from liveavatar_jax.weights import checkpoint
@@ -185,13 +185,13 @@ def _see_group(
         rows = Rows(avatar, *opening, first)
     else:
         rows.reopen(*opening)
-    wanted = {b for job in group for w in job.windows for b in blocks_of(w)}
+    wanted = {b for job in group for w in job.windows for b in job.blocks_of(w)}
     seers = [[Seer(request, job, window, eyes) for window in job.windows] for job in group]
     bar.set_description(group[0].take.id)
     for block, pixels in rows.play(itertools.chain([first], coming), wanted.__contains__):
         for row, windows in zip(pixels, seers, strict=False):
             for seer in windows:
-                bar.update(seer.see(block * BLOCK - stream.LEAD_FRAMES, row))
+                bar.update(seer.see(block * group[0].block - stream.LEAD_FRAMES, row))
     return rows
 
 
@@ -209,7 +209,7 @@ def _heard(hearing: tuple, job: Job) -> Iterator[Float[np.ndarray, "12 layers c"
             yield block
         yield from itertools.repeat(np.full_like(block, silence))
 
-    return with_lead(blocks())
+    return with_lead(blocks(), job.block)
 
 
 def encode_prompts(

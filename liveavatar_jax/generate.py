@@ -31,7 +31,6 @@ from liveavatar_jax.weights import checkpoint
 from liveavatar_jax.weights.convert import TOKENIZER
 
 FPS = 25
-BLOCK = 12  # video frames of a block
 SAMPLES = SAMPLE_RATE // FPS  # of one video frame
 AREA = 720 * 400  # of the picture, in pixels
 VISIBLE = 384  # rows of the video of a model that makes pictures below that
@@ -112,7 +111,7 @@ def generate(request: Request) -> Report:
         precision = "highest" if cfg.stream.dtype == "float32" else None
         stack.enter_context(jax.default_matmul_precision(precision))
         context = encode_prompt(request.weights, cfg, request.prompt)
-        heard = with_lead(hear(request.weights, cfg, request.audio, moments))
+        heard = with_lead(hear(request.weights, cfg, request.audio, moments), cfg.block)
         # On the host: as a device array it would wait for the blocks in progress.
         chunks = (stream.Chunk(audio=cast(Array, block[None, None])) for block in heard)
         first = next(chunks) if hosts.is_first() else None
@@ -130,7 +129,7 @@ def generate(request: Request) -> Report:
             )
         compiling = time.perf_counter() - begun
         chunks = itertools.chain([first], chunks if hosts.is_first() else itertools.repeat(None))
-        return _watch(player, chunks, frames, video, request, compiling)
+        return _watch(player, chunks, frames, cfg.block, video, request, compiling)
 
 
 def portrait(
@@ -219,26 +218,28 @@ def hear(
 
 
 def with_lead(
-    blocks: Iterable[Float[np.ndarray, "12 layers c"]],
-) -> Iterator[Float[np.ndarray, "12 layers c"]]:
-    """The same features, `LEAD_FRAMES` later.
+    heard: Iterable[Float[np.ndarray, "f layers c"]], frames: int
+) -> Iterator[Float[np.ndarray, "frames layers c"]]:
+    """The same features, `LEAD_FRAMES` later, in blocks of so many frames.
 
     The first frames of the first block are not shown. The released code drops them and so speaks
     three frames (120 ms) ahead of the sound; here nothing is said in them, and frame k of the
     video is the one that heard frame k of the sound.
     """
     held = None
-    for block in blocks:
-        held = np.repeat(block[:1], stream.LEAD_FRAMES, axis=0) if held is None else held
-        block = np.concatenate([held, block])
-        yield block[:BLOCK]
-        held = block[BLOCK:]
+    for some in heard:
+        held = np.repeat(some[:1], stream.LEAD_FRAMES, axis=0) if held is None else held
+        held = np.concatenate([held, some])
+        while len(held) >= frames:
+            yield held[:frames]
+            held = held[frames:]
 
 
 def _watch(
     player: OneDevice | OnMesh,
     chunks: Iterator,
     frames: int,
+    block: int,
     video: VideoWriter | None,
     request: Request,
     compiling: float,
@@ -249,7 +250,7 @@ def _watch(
     """
     begun, first_frame, seen, finished = time.perf_counter(), 0.0, 0, False
     interrupts = (KeyboardInterrupt,) if jax.process_count() == 1 else ()
-    blocks = -(-(frames + stream.LEAD_FRAMES) // BLOCK)
+    blocks = -(-(frames + stream.LEAD_FRAMES) // block)
     with (
         contextlib.suppress(*interrupts),
         tqdm(total=frames, unit="frame", disable=video is None) as bar,

@@ -15,7 +15,7 @@ from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.data.audio import load_audio
 from liveavatar_jax.data.takes import FPS, Take, read_truth
 from liveavatar_jax.data.video import VideoWriter
-from liveavatar_jax.generate import BLOCK, SAMPLES, portrait
+from liveavatar_jax.generate import SAMPLES, portrait
 from liveavatar_jax.metrics import sync
 from liveavatar_jax.metrics.observe import Eyes, Observer
 from liveavatar_jax.types import LiveAvatarError
@@ -79,13 +79,14 @@ class Job:
     samples: np.ndarray
     truth: Mapping[str, np.ndarray]
     windows: list[Window]
+    block: int  # frames that are made at once
 
     @classmethod
     def of(cls, request: Request, number: int, take: Take, cfg: ModelConfig) -> "Job":
         samples, truth = load_audio(take.audio), read_truth(take.truth)
         picture = portrait(take.image, cfg, request.area)
         windows = Window.all(request.protocol, -(-len(samples) // SAMPLES), request.seconds)
-        return cls(take, number, picture, samples, truth, windows)
+        return cls(take, number, picture, samples, truth, windows, cfg.block)
 
     @property
     def sound(self) -> int:
@@ -94,7 +95,12 @@ class Job:
 
     @property
     def blocks(self) -> int:
-        return -(-(self.windows[-1].stop + stream.LEAD_FRAMES) // BLOCK)
+        return self.blocks_of(self.windows[-1]).stop
+
+    def blocks_of(self, window: Window) -> range:
+        """Those that show something of it."""
+        first = (window.start + stream.LEAD_FRAMES) // self.block
+        return range(first, -(-(window.stop + stream.LEAD_FRAMES) // self.block))
 
     def files(self, out: Path) -> list[Path]:
         return [out / "seen" / f"{self.take.id}{_dotted(w)}.npz" for w in self.windows]
@@ -112,6 +118,7 @@ class Job:
         """What the metrics compare with, frame by frame."""
         at = np.arange(window.start, window.stop) % self.sound
         found: dict[str, Any] = {"start": np.asarray(window.start)}
+        found["block"] = np.asarray(self.block)
         found["level"] = sync.envelope(self.samples)[at].astype(np.float32)
         if (mouth := self.truth.get("mouth")) is not None and len(mouth):
             at = np.minimum(at, len(mouth) - 1)
@@ -159,12 +166,6 @@ class Seer:
             found: dict[str, Any] = self.observer.result() | self.job.known(self.window)
             np.savez(file, **found)
         partial.replace(self.path)
-
-
-def blocks_of(window: Window) -> range:
-    """Those that show something of it."""
-    first = (window.start + stream.LEAD_FRAMES) // BLOCK
-    return range(first, -(-(window.stop + stream.LEAD_FRAMES) // BLOCK))
 
 
 def frames_of(path: Path) -> Iterator[np.ndarray]:

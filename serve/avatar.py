@@ -21,10 +21,10 @@ from liveavatar_jax.data import speech
 from liveavatar_jax.data.image import parse_size, to_pixels
 from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.devices import prepare
-from liveavatar_jax.generate import BLOCK, ear
+from liveavatar_jax.generate import ear
 from liveavatar_jax.models.attention import KVCache
 from liveavatar_jax.player import frames_of, load, load_avatar, opened
-from liveavatar_jax.types import Array
+from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
 from liveavatar_jax.weights.convert import TOKENIZER
 from serve.engine import Window
@@ -48,7 +48,7 @@ class Rows:
         self._hops = [0] * slots
         self._moments = [speech.PRIOR] * slots
         self.ready = Ready(
-            folder.name, size[1], size[0], slots, BLOCK, self._window.ahead, 0, together=True
+            folder.name, size[1], size[0], slots, cfg.block, self._window.ahead, 0, together=True
         )
         report("compile", 0.4)
         self._compile(size, report)
@@ -63,6 +63,11 @@ class Rows:
         prepare(args)
         folder = args.weights or packed.preset()
         cfg = checkpoint.load_config(folder)
+        if cfg.block != speech.BLOCK:
+            raise LiveAvatarError(
+                f"{folder} makes {cfg.block} frames at once, and a live stream hears "
+                f"{speech.BLOCK}; set stream.block_frames of its config to 3"
+            )
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         cfg = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, dtype=dtype))
         size = (cfg.size, cfg.size) if cfg.size else _sides(args.size or "720*400")

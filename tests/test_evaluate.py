@@ -235,6 +235,15 @@ def test_a_row_is_the_same_stream_in_any_company_and_decoded_late(weights):
     assert np.abs(every[last][0].astype(int) - every[last][1]).mean() > 1
 
 
+def test_blocks_may_have_another_size(weights, clips, tmp_path):
+    """As many frames are seen, and seams are looked for where they are."""
+    request = Request(clips, tmp_path, weights, steps=1, limit=1, timing=False,
+                      changes=("stream.block_frames=1", "stream.ring_blocks=12"))  # fmt: skip
+    assert evaluate(request).finished
+    with np.load(tmp_path / "seen" / "c0.npz") as seen:
+        assert len(seen["change"]) == FRAMES[0] and seen["block"] == 4
+
+
 def test_bad_input_is_one_sentence(weights, clips, tmp_path, capsys):
     def listed(name: str, text: str) -> Path:
         (tmp_path / name).write_text(text)

@@ -106,11 +106,13 @@ def test_the_seed_decides(weights, tmp_path, monkeypatch):
     assert (videos[0] != videos[2]).any()
 
 
-def test_speech_features_wait_for_the_frames_that_are_not_shown():
-    blocks = np.arange(36.0).reshape(3, 12, 1, 1)
-    later = np.concatenate(list(itertools.islice(with_lead(blocks), 3)))[:, 0, 0]
-    lead = stream.LEAD_FRAMES
-    np.testing.assert_array_equal(later[lead:], np.arange(36.0 - lead))
+@pytest.mark.parametrize("frames", [4, 12, 16])
+def test_speech_features_wait_for_the_frames_that_are_not_shown(frames):
+    heard = np.arange(60.0).reshape(5, 12, 1, 1)
+    blocks = list(itertools.islice(with_lead(heard, frames), 48 // frames))
+    assert all(len(block) == frames for block in blocks)
+    later, lead = np.concatenate(blocks)[:, 0, 0], stream.LEAD_FRAMES
+    np.testing.assert_array_equal(later[lead:], np.arange(48.0 - lead))
     assert (later[:lead] == 0).all()
 
 

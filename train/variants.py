@@ -75,6 +75,13 @@ ROWS = {
     "steps-1": Row("1 step", steps=1),
     "steps-2": Row("2 steps", steps=2),
     "steps-3": Row("3 steps", steps=3),
+    **{
+        f"blocks-{n}": Row(
+            f"blocks of {n} latents, of as much history",
+            changes=(f"stream.block_frames={n}", f"stream.ring_blocks={12 // n}"),
+        )
+        for n in (1, 2, 4)
+    },
     "coder": Row("the true clips, coded and decoded"),
     "teacher": Row(f"the teacher, both ways, {TEACHER_STEPS} steps", OUT / "teacher_model"),
 }

@@ -70,13 +70,14 @@ def judged(seen: Mapping[str, np.ndarray]) -> dict[str, float]:
 
     seen: what an `Observer` kept; and of the clip's sound, as long as the video: "level" (the
     envelope), and if they are known "true_open", "true_width" and "true_expression"; "start",
-    the number of its first frame.
+    the number of its first frame, and "block", how many were made at once.
     """
     numbers: dict[str, float] = {}
     change, start = seen["change"], int(seen.get("start", np.int64(0)))
     numbers["colour"] = float(seen["colour"].mean())
     numbers["flicker"] = picture.flicker(change)
-    numbers["seam"] = picture.seam(change, lead=(start + 3) % picture.BLOCK)
+    block = int(seen.get("block", np.int64(picture.BLOCK)))
+    numbers["seam"] = picture.seam(change, lead=(start + 3) % block, block=block)
     numbers["dynamic"] = picture.dynamic_degree(seen["coarse"].astype(np.float32))
     sharp = float(seen["gradient"].mean())
     numbers["sharpness_portrait"] = sharp / max(float(seen["reference_gradient"].mean()), 1e-6)
