@@ -390,7 +390,8 @@ class _Leaf:
 def _changed(cfg: Any, tree: dict[str, Any], where: str) -> Any:
     """All changes of a dataclass at once: one may be right only together with another."""
     if not dataclasses.is_dataclass(cfg):
-        raise LiveAvatarError(f"{where}{next(iter(tree))} is below {cfg!r}, which has no fields")
+        said = repr(cfg) if isinstance(cfg, (str, int, float, type(None))) else type(cfg).__name__
+        raise LiveAvatarError(f"{where}{next(iter(tree))} is below {said}, which has no fields")
     hints, new = get_type_hints(type(cfg)), {}
     for name, value in tree.items():
         path = where + name

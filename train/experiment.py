@@ -166,8 +166,8 @@ class Distill(Forcing):
 class Autoencoder:
     """The decoder of a small preset's VAE learns on drawn puppets; the encoder is known.
 
-    start: a packed model whose decoder goes on learning; None: a new one. noise: on its latents,
-    up to this deviation, so that it knows a diffusion model's errors.
+    start: a packed model whose decoder goes on learning; None: a new one. noise: on the code in its
+    latents, up to this deviation, so that it makes good a diffusion model's errors.
     frames: of a clip, whole latents.
     focus: weights of mouth and of eyes. square: of the square error beside the absolute one, edges:
     of the gradients over rows and columns, motion: over frames. rate: rises for `warm` steps, and

@@ -81,14 +81,15 @@ def networks(vae: VAEConfig, size: int) -> ModelConfig:
 def focus() -> Focus:
     """How much each latent counts: as much as it changes pixels, by the linear code of the VAE or
     by how much a picture changes when it moves; and a quarter of the mean at least: what makes
-    pictures sharp changes few. Codes of mouths count four times that, and where they open 40
-    times: else what sound explains is a twentieth of the error, and networks learn to shut it out
-    before they learn to use it."""
+    pictures sharp changes few. Codes of eyes and mouths count four times that, and where mouths
+    open 40 times: else what sound explains is a twentieth of the error, and networks learn to shut
+    it out before they learn to use it."""
     cfg = checkpoint.load_config(MODEL)
     kernel = np.asarray(load_network(MODEL, "vae", "float32").decoder.show.kernel[...])
     code = np.sum(kernel**2, axis=-1)
     weight = np.concatenate([slopes(cfg), code], axis=-1) * np.square(cfg.vae.latent_std)
     weight = np.maximum(weight, FLOOR * weight.mean())
+    weight[2:4, 1:7, MOTION:] *= 4.0
     weight[4:7, 2:6, MOTION:] *= 4.0
     weight[5, 3:5, MOTION:] *= 10.0
     return tuple(tuple(tuple(map(float, x)) for x in row) for row in weight / weight.mean())
