@@ -20,6 +20,7 @@ from liveavatar_jax.models.motion import over_pixels, search, warped
 from liveavatar_jax.types import Array, Float
 
 HINTS = 8  # channels of a frame that tell a pixel what the latent says around it
+SLACK = 0.2  # pixels that a latent may begin apart from where the last one led
 MOTION = 4  # channels of a latent: mean displacement of its frames along x and y, and its growth
 
 
@@ -175,11 +176,12 @@ def joined(
     led: where that is, and 1; zeros before the first, which starts where it says.
     """
     mean, growth = jnp.split(motion, 2, axis=-1)
-    after = mean + growth * (0.5 * (group + 1))
+    begins, after = mean - growth * (0.5 * group), mean + growth * (0.5 * group)
     led = jnp.concatenate([led, jnp.pad(after, [(0, 0)] * 4 + [(0, 1)], constant_values=1)], 1)
-    begins = mean - growth * (0.5 * (group - 1))
-    apart = led[:, :-1, ..., 2:] * (led[:, :-1, ..., :2] - begins)
-    fade = (1 - jnp.arange(group, dtype=motion.dtype) / group)[None, None, :, None, None, None]
+    apart = led[:, :-1, ..., :2] - begins
+    apart = led[:, :-1, ..., 2:] * (apart - jnp.clip(apart, -SLACK, SLACK))
+    fade = 1 - (jnp.arange(group, dtype=motion.dtype) + 0.5) / group
+    fade = fade[None, None, :, None, None, None]
     glide = rearrange(apart[:, :, None] * fade, "b f t h w d -> b (f t) h w d")
     return by_frame(motion, group) + glide, led[:, -1:]
 
