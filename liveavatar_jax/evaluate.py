@@ -142,7 +142,7 @@ def _see_model(request: Request, jobs: Sequence[Job], eyes: Eyes) -> None:
         prompts = encode_prompts(folder, cfg, [job.take.caption for job in jobs])
         contexts = {job.take.id: rows for job, rows in zip(jobs, prompts, strict=True)}
         avatar, hearing = load_avatar(folder, cfg), ear(folder, cfg)
-        total = sum(w.stop - w.start for job in jobs for w in job.windows)
+        total = cfg.block * sum(job.blocks for job in jobs)
         with tqdm(total=total, unit="frame") as bar:
             bar.set_description("compiling")
             for size in sorted({job.picture.shape for job in jobs}):
@@ -172,6 +172,7 @@ def _see_group(
         for block in range(blocks):
             audio = np.stack([next(features) for features in heard])[:, None]
             yield stream.Chunk(audio=audio, live=block < ends)  # type: ignore[arg-type]
+            bar.update(group[0].block * int((block < ends).sum()))
 
     coming = chunks()
     first = next(coming)
@@ -191,7 +192,7 @@ def _see_group(
     for block, pixels in rows.play(itertools.chain([first], coming), wanted.__contains__):
         for row, windows in zip(pixels, seers, strict=False):
             for seer in windows:
-                bar.update(seer.see(block * group[0].block - stream.LEAD_FRAMES, row))
+                seer.see(block * group[0].block - stream.LEAD_FRAMES, row)
     return rows
 
 

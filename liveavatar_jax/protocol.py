@@ -145,18 +145,17 @@ class Seer:
             path = folder / f"{job.take.id}{_dotted(window)}.mp4"
             self.film = VideoWriter(path, job.picture.shape[:2], fps=FPS, audio=sound)
 
-    def see(self, start: int, frames: np.ndarray) -> int:
-        """Frames of which the first has number `start`; how many of them were looked at."""
+    def see(self, start: int, frames: np.ndarray) -> None:
+        """Frames of which the first has number `start`."""
         low = max(self.window.start, start) - start
         mine = frames[low : max(low, self.window.stop - start)]
         if not len(mine):
-            return 0
+            return
         self.observer.see(mine)
         if self.film is not None:
             self.film.write(mine)
         if start + low + len(mine) == self.window.stop:
             self.done()
-        return len(mine)
 
     def done(self) -> None:
         if self.film is not None:

@@ -20,7 +20,7 @@ from liveavatar_jax.models.motion import over_pixels, search, warped
 from liveavatar_jax.types import Array, Float
 
 HINTS = 8  # channels of a frame that tell a pixel what the latent says around it
-SLACK = 0.2  # pixels that a latent may begin apart from where the last one led
+SLACK = 0.2  # pixels; as far as a search is wrong, latents may begin apart from the last one
 MOTION = 4  # channels of a latent: mean displacement of its frames along x and y, and its growth
 
 
@@ -170,10 +170,10 @@ def by_frame(motion: Float[Array, "b f h w 4"], group: int) -> Float[Array, "b F
 def joined(
     motion: Float[Array, "b f h w 4"], led: Float[Array, "b 1 h w 3"], group: int
 ) -> tuple[Float[Array, "b F h w 2"], Float[Array, "b 1 h w 3"]]:
-    """Displacements of frames, in one line with those before: what a latent is apart from where
-    the last one led is made good along its frames.
+    """Displacements of frames, in one line with those before: what a latent begins apart from where
+    the last one led, beyond SLACK, is made good along its frames.
 
-    led: where that is, and 1; zeros before the first, which starts where it says.
+    led: where that is, and 1; zeros before the first, which begins where it says.
     """
     mean, growth = jnp.split(motion, 2, axis=-1)
     begins, after = mean - growth * (0.5 * group), mean + growth * (0.5 * group)
