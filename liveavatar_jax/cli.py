@@ -11,8 +11,9 @@ from liveavatar_jax.parallel import hosts
 from liveavatar_jax.types import LiveAvatarError
 
 PHOTO = (
-    "the built-in model has seen drawn puppets alone: a photograph is out of its world, and will "
-    "come out as a blurred one of them; convert the published weights for real faces"
+    "the built-in model has seen drawn puppets alone, and moves a photograph where a puppet has "
+    "eyes and mouth: give a square crop of a frontal face, eyes just above the middle and mouth "
+    "three quarters down, or convert the published weights, which are for real faces"
 )
 
 
