@@ -196,7 +196,7 @@ def _see_group(
     return rows
 
 
-def _heard(hearing: tuple, job: Job) -> Iterator[Float[np.ndarray, "12 layers c"]]:
+def _heard(hearing: tuple, job: Job) -> Iterator[Float[np.ndarray, "frames layers c"]]:
     """Features of a take's sound, over and over for as long as it is streamed, then silence."""
     encode, window, silence = hearing
     samples, times = job.samples, -(-job.windows[-1].stop // job.sound)
@@ -353,6 +353,8 @@ def _settle(request: Request, takes: Sequence[Take]) -> None:
     model = request.videos or request.weights
     assert model is not None
     marks = [model / name for name in ("files.json", "config.json") if (model / name).is_file()]
+    if not (model / "files.json").is_file():  # which tells all weights of a converted model
+        marks += sorted(model.glob("*.safetensors"))
     settings = {
         "model": str(model.resolve()),
         "weights": [digest(path) for path in marks],

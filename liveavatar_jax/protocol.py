@@ -47,6 +47,8 @@ class Request:
     rows: int | None = None  # streams at once; default: 8 of small pictures, else 1
     dtype: str | None = None
     timing: bool = True  # run `generate` on the first clip, alone
+    lead: int | None = None  # of finished videos: frames of the first block that they do not show;
+    # None: not known to be made in blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +82,17 @@ class Job:
     truth: Mapping[str, np.ndarray]
     windows: list[Window]
     block: int  # frames that are made at once
+    latent: int  # frames of a latent
+    lead: int | None  # frames of the first block that are not shown; None: no blocks
 
     @classmethod
     def of(cls, request: Request, number: int, take: Take, cfg: ModelConfig) -> "Job":
         samples, truth = load_audio(take.audio), read_truth(take.truth)
         picture = portrait(take.image, cfg, request.area)
         windows = Window.all(request.protocol, -(-len(samples) // SAMPLES), request.seconds)
-        return cls(take, number, picture, samples, truth, windows, cfg.block)
+        lead = request.lead if request.weights is None else stream.LEAD_FRAMES
+        latent = cfg.vae.frames_per_latent
+        return cls(take, number, picture, samples, truth, windows, cfg.block, latent, lead)
 
     @property
     def sound(self) -> int:
@@ -118,7 +124,8 @@ class Job:
         """What the metrics compare with, frame by frame."""
         at = np.arange(window.start, window.stop) % self.sound
         found: dict[str, Any] = {"start": np.asarray(window.start)}
-        found["block"] = np.asarray(self.block)
+        if self.lead is not None:
+            found |= {name: np.asarray(getattr(self, name)) for name in ("lead", "block", "latent")}
         found["level"] = sync.envelope(self.samples)[at].astype(np.float32)
         if (mouth := self.truth.get("mouth")) is not None and len(mouth):
             at = np.minimum(at, len(mouth) - 1)

@@ -19,10 +19,10 @@ from liveavatar_jax import stream
 from liveavatar_jax.models.vae import VAE, FeatureCache
 from liveavatar_jax.types import Array, Float, Int, Key, UInt8
 
-# Blocks that are decoded before one that is wanted. No convolution of the published decoder,
-# whose memory is the longest, looks further back than 38 latents, so frames are those that they
-# would be had all been decoded.
-WARM_UP = 14
+# Latents that are decoded before one that is wanted. No convolution of the published decoder, whose
+# memory is the longest, looks further back, so frames are those that they would be had all been
+# decoded.
+WARM_UP = 38
 
 
 def begun(
@@ -80,11 +80,12 @@ class Rows:
     ) -> Iterator[tuple[int, UInt8[np.ndarray, "b F H W 3"]]]:
         """The wanted blocks by number; the host looks at one while the device makes the next."""
         state, decoder = self._begin(self.avatar, *self.opening)
+        before = -(-WARM_UP // self.avatar.cfg.block_frames)
         pending = None
         for block, chunk in enumerate(chunks):
             state, x, live = self._move(self.avatar, state, chunk)
             ready = None
-            if any(wanted(block + ahead) for ahead in range(WARM_UP + 1)):
+            if any(wanted(block + ahead) for ahead in range(before + 1)):
                 decoder, pixels = self._show(self.avatar.vae, decoder, x, live)
                 ready = (block, pixels) if wanted(block) else None
             if pending is not None:

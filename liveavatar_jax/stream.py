@@ -1,6 +1,6 @@
 """The stream: `start` once, then `step(model, state, chunk) -> (state, frames)` for ever.
 
-One block of 12 video frames per step. Everything that lasts from block to block is in
+One block (12 video frames as published) per step. Everything that lasts from block to block is in
 `StreamState`; everything that does not change is in the `Avatar`. A step is `draw` (noise and
 sink distances), `enter` (a block of noise that has heard its audio), `advance` once for each
 denoising step, and `decode` (the frames). Here they follow each other; in a pipeline they run at
@@ -39,7 +39,7 @@ class Avatar(nnx.Module):
 
 @struct
 class Chunk:
-    """What a block is to say: features of its 12 video frames, one stream a speaker."""
+    """What a block is to say: features of its video frames, one stream a speaker."""
 
     audio: Float[Array, "b a F layers c"]
     pose: Float[Array, "b f h w c"] | None = None  # latents of a pose video
@@ -186,7 +186,7 @@ def start(
 def step(
     model: Avatar, state: StreamState, chunk: Chunk, layout: Layout = ONE_DEVICE
 ) -> tuple[StreamState, Float[Array, "b F H W 3"]]:
-    """One block: 12 video frames in [-1, 1]. Of the first block, `LEAD_FRAMES` are not shown.
+    """One block of video frames in [-1, 1]. Of the first block, `LEAD_FRAMES` are not shown.
 
     Raises LiveAvatarError when the chunk does not fit the stream.
     """

@@ -66,7 +66,8 @@ class Rows:
         if cfg.block != speech.BLOCK:
             raise LiveAvatarError(
                 f"{folder} makes {cfg.block} frames at once, and a live stream hears "
-                f"{speech.BLOCK}; set stream.block_frames of its config to 3"
+                f"{speech.BLOCK}; set stream.block_frames of its config to "
+                f"{speech.BLOCK // cfg.vae.frames_per_latent}"
             )
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         cfg = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, dtype=dtype))

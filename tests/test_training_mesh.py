@@ -88,6 +88,7 @@ class Fake:
     process_index: int
     slice_index: int | None = None
     platform: str = "gpu"
+    device_kind: str = "drawn up"
 
 
 def ids(spec: TrainMesh, devices: list[Fake]) -> np.ndarray:

@@ -148,8 +148,9 @@ def test_gradient_reaches_every_weight_and_every_frame():
     assert (jnp.abs(by_frame).max(axis=(0, 2, 3, 4)) > 0).all()
 
 
-def test_results_and_caches_take_the_dtype_of_the_input(vae):
-    latents = noise(2, 5, 3, 5, Z)
+@pytest.mark.parametrize("coder", ["vae", "cells"])
+def test_results_and_caches_take_the_dtype_of_the_input(coder, request):
+    vae, latents = request.getfixturevalue(coder), noise(2, 5, 3, 5, Z)
     full, _ = decode(vae, latents, None)
     half, cache = decode(vae, latents.astype(jnp.bfloat16), None)
     assert {leaf.dtype for leaf in jax.tree.leaves((half, cache))} == {jnp.dtype(jnp.bfloat16)}

@@ -172,10 +172,26 @@ def test_blur_softens_and_noise_flickers():
     soft = (still[:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2)).astype(np.uint8)
     assert picture.gradient(soft).mean() < 0.8 * picture.gradient(still).mean()
     assert picture.dynamic_degree(picture.coarse(still)) == 0
-    steps = still.copy()
-    steps[9:21] = 255 - steps[9:21]  # shown frames 9..20 are the second block
-    assert picture.seam(picture.change(steps + (np.arange(36) % 2)[:, None, None, None]
-                                       .astype(np.uint8))) > 5  # fmt: skip
+
+
+@pytest.mark.parametrize("lead, block, latent", [(3, 12, 4), (0, 8, 4), (3, 4, 4), (1, 6, 2)])
+def test_seams_are_found_where_blocks_and_latents_begin(lead, block, latent):
+    """With changes of 1 within latents, 2 from one to the next and 6 from block to block."""
+    number = np.arange(120) + lead
+    changes = np.where(number % block == 0, 6.0, np.where(number % latent == 0, 2.0, 1.0))
+    changes[0] = np.nan
+    seam, steps = picture.seams(changes, lead, block, latent)
+    assert np.isfinite([seam, steps]).all() == (block > latent)
+    if block > latent:
+        np.testing.assert_allclose([seam, steps], [3.0, 2.0])
+        # The same of a window from the middle of a video, whose first frame follows one unseen.
+        later = {"start": 30, "lead": lead, "block": block, "latent": latent,
+                 "change": np.concatenate([[np.nan], changes[31:]]), "colour": 0.0,
+                 "coarse": np.zeros((90, 4)), "gradient": 1.0,
+                 "reference_gradient": 1.0}  # fmt: skip
+        numbers = verdict.judged({name: np.asarray(value) for name, value in later.items()})
+        np.testing.assert_allclose([numbers["seam"], numbers["steps"]], [3.0, 2.0])
+    assert np.isnan(picture.seams(0 * changes, lead, block, latent)).all()
 
 
 def test_psnr_of_a_known_error_everywhere_and_in_a_box():

@@ -50,7 +50,7 @@ from train.puppets import sounding
 
 FRAMES, TEACHER_STEPS = 84, 20  # of what a teacher makes
 COLUMNS = ("mouth", "worst", "shuffled", "lag", "amplitude", "sharpness", "dynamic_ratio", "seam",
-           "expression", "looks", "psnr", "psnr_mouth")  # fmt: skip
+           "steps", "expression", "looks", "psnr", "psnr_mouth")  # fmt: skip
 GROWTH = ("looks", "looks_trend", "colour", "colour_trend")  # of the longer streams
 
 
@@ -78,7 +78,14 @@ ROWS = {
     **{
         f"blocks-{n}": Row(
             f"blocks of {n} latents, of as much history",
-            changes=(f"stream.block_frames={n}", f"stream.ring_blocks={12 // n}"),
+            changes=tuple(
+                f"stream.{field}={value}"
+                for field, value in (
+                    ("block_frames", n),
+                    ("ring_blocks", 12 // n),
+                    ("sink_after", 12 // n),
+                )
+            ),
         )
         for n in (1, 2, 4)
     },
@@ -129,7 +136,7 @@ def judge(name: str, preset: Path, out: Path, clips: Path, seconds: float, limit
         videos = out / name / "videos"
         videos.mkdir(parents=True, exist_ok=True)
         make(model, read_takes(clips), videos)
-        asked = dataclasses.replace(asked, weights=None, videos=videos, seconds=seconds_of)
+        asked = dataclasses.replace(asked, weights=None, videos=videos, seconds=seconds_of, lead=0)
     reports = [evaluate(asked)]
     if row.longer:
         longer = dataclasses.replace(

@@ -4,7 +4,6 @@ import numpy as np
 
 from liveavatar_jax.types import Bool, Float, UInt8
 
-BLOCK = 12  # video frames that are made at once
 _APART = 10  # frames between two that are compared for motion, 0.4 s
 
 
@@ -16,21 +15,26 @@ def change(frames: UInt8[np.ndarray, "F H W 3"]) -> Float[np.ndarray, " F"]:
 
 def flicker(changes: Float[np.ndarray, " F"]) -> float:
     """VBench's temporal flickering, 1 = still: (255 - mean change) / 255. Motion lowers it as
-    flicker does, so compare with truth, and look at `seam` and at the dynamic degree as well."""
+    flicker does, so compare with truth, and look at `seams` and at the dynamic degree as well."""
     return float(1 - np.nanmean(changes) / 255)
 
 
-def seam(changes: Float[np.ndarray, " F"], lead: int = 3, block: int = BLOCK) -> float:
-    """Change from block to block over that within blocks: 1 where no seam can be seen.
+def seams(
+    changes: Float[np.ndarray, " F"], lead: int, block: int, latent: int
+) -> tuple[float, float]:
+    """Change from block to block over that from latent to latent within blocks, and this over
+    that within latents: 1 and 1 where neither can be told. nan where nothing moves, or there is
+    nothing to compare.
 
-    lead: frames of the first block that are not shown. nan where nothing moves.
+    lead: frames of the first block that are not shown; block, latent: frames of one.
     """
     number = np.arange(len(changes)) + lead
-    at = (number % block == 0) & np.isfinite(changes)  # the first frame has none before it
-    inside = changes[(number % block != 0) & np.isfinite(changes)]
-    if not at.any() or not len(inside) or inside.mean() < 1e-6:
-        return float("nan")
-    return float(changes[at].mean() / inside.mean())
+    known = np.isfinite(changes)  # the first frame has none before it
+    mean = lambda at: changes[at & known].mean() if (at & known).any() else np.nan
+    blocks, latents = number % block == 0, number % latent == 0
+    steps = [mean(blocks), mean(latents & ~blocks), mean(~latents)]
+    over = lambda a, b: float(a / b) if b > 1e-6 else float("nan")
+    return over(steps[0], steps[1]), over(steps[1], steps[2])
 
 
 def coarse(frames: UInt8[np.ndarray, "F H W 3"], cells: int = 16) -> Float[np.ndarray, "F k"]:

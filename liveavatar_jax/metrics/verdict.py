@@ -39,7 +39,8 @@ METRICS = {
     "psnr_mouth": ("PSNR of the mouth box, dB", "high", "to the true video"),
     "flicker": ("temporal flickering", "high", "VBench's: 1 - mean change"),
     "true_flicker": ("… of the true video", "high", ""),
-    "seam": ("change between blocks over within", "1", "1: no seam can be seen"),
+    "seam": ("change between blocks over between latents", "1", "1: no seam of blocks can be seen"),
+    "steps": ("change between latents over within", "1", "1: motion is even"),
     "dynamic": ("dynamic degree", "high", "mean change in 0.4 s, percent"),
     "dynamic_ratio": ("… over truth", "1", ""),
 }  # fmt: skip
@@ -70,14 +71,16 @@ def judged(seen: Mapping[str, np.ndarray]) -> dict[str, float]:
 
     seen: what an `Observer` kept; and of the clip's sound, as long as the video: "level" (the
     envelope), and if they are known "true_open", "true_width" and "true_expression"; "start",
-    the number of its first frame, and "block", how many were made at once.
+    the number of its first frame; of what was made in blocks "lead", "block" and "latent", the
+    frames of the first block that are not shown, of a block and of a latent.
     """
     numbers: dict[str, float] = {}
     change, start = seen["change"], int(seen.get("start", np.int64(0)))
     numbers["colour"] = float(seen["colour"].mean())
     numbers["flicker"] = picture.flicker(change)
-    block = int(seen.get("block", np.int64(picture.BLOCK)))
-    numbers["seam"] = picture.seam(change, lead=(start + 3) % block, block=block)
+    if "lead" in seen:  # known of a stream
+        lead, block, latent = (int(seen[name]) for name in ("lead", "block", "latent"))
+        numbers["seam"], numbers["steps"] = picture.seams(change, start + lead, block, latent)
     numbers["dynamic"] = picture.dynamic_degree(seen["coarse"].astype(np.float32))
     sharp = float(seen["gradient"].mean())
     numbers["sharpness_portrait"] = sharp / max(float(seen["reference_gradient"].mean()), 1e-6)

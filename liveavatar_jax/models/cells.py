@@ -65,7 +65,7 @@ class CellDecoder(nnx.Module):
 
     The cache has the latent of the key, its picture, and what retouching says of it alone, which
     is taken off: a latent that is the key's shows the key. Of the past it knows but where it led:
-    latents of a diffusion model jump a little from block to block, and heads do not.
+    what a diffusion model makes jumps from block to block, and heads do not.
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):

@@ -223,7 +223,8 @@ class VAE(nnx.Module):
     ) -> FeatureCache:
         """The cache of a decoder that has shown these latents, of a picture that stands still.
 
-        Cells need the first alone, and keep the picture itself, if they are given it.
+        Cells need the first alone, and keep the picture itself, if they are given it; what comes
+        next may begin anywhere.
         """
         if not isinstance(self.decoder, CellDecoder):
             return self.decode(latents)[1]
