@@ -170,7 +170,8 @@ def loss(
     clips, keys, z = seen.clips, jax.random.split(key), seen.latents
     # Little more often than much. None on motion: what moves elsewhere could but be blurred.
     width = exp.noise * jax.random.uniform(keys[0], (len(z), 1, 1, 1, 1)) ** 2
-    width = width * (jnp.arange(z.shape[-1]) >= MOTION)[None, None, None, None]
+    still = jnp.arange(z.shape[-1]) < MOTION
+    width = jnp.where(still[None, None, None, None], 0.0, width)
     made = shown(vae, clips, seen.key, z + width * jax.random.normal(keys[1], z.shape))
     lips, eyes = (focus - 1 for focus in exp.focus)
     weight = 1 + jnp.maximum(lips * clips.mouth, eyes * clips.eyes)[..., None]

@@ -96,9 +96,10 @@ class CellDecoder(nnx.Module):
         still = picture + into_pixels(added, self.group, self.size)
         tiled = jnp.tile(known, (1, latent.shape[1], 1, 1, 1))
         still = still + self.retouch(apart, still, picture) - tiled
-        flow, led = joined(latent[..., :MOTION], led, self.group)
+        exact = lambda x: x.astype(jnp.float32)  # a hundredth of a pixel can be seen
+        flow, led = joined(exact(latent[..., :MOTION]), exact(led), self.group)
         frames = warped(still, over_pixels(flow, self.size))
-        memory = FeatureCache((key, picture, known, led))
+        memory = FeatureCache((key, picture, known, led.astype(latent.dtype)))
         return frames if cache is not None else frames[:, -1:], memory
 
 

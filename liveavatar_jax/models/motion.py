@@ -33,7 +33,8 @@ def warped(
     most = math.ceil(FARTHEST * picture.shape[2])
     flow, reach = jnp.clip(flow, -most, most), most + 2
     for axis, by in ((3, flow[..., :1]), (2, flow[..., 1:])):
-        picture = _sum(picture, (_cubic(by - d) for d in range(-reach, reach + 1)), axis)
+        weights = (_cubic(by - d).astype(picture.dtype) for d in range(-reach, reach + 1))
+        picture = _sum(picture, weights, axis)
     return picture
 
 
