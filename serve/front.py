@@ -132,10 +132,7 @@ class Front:
             idle=wanted.idle,
         )  # fmt: skip
         if wanted.avatar.consent is not None:
-            record = wanted.avatar.consent.model_dump() | {
-                "face": hashlib.sha256(face).hexdigest(), "session": session.id,
-            }  # fmt: skip
-            log.info("consent", extra={"about": record})
+            agreed(wanted.avatar.consent, face, session=session.id)
         if wanted.livekit is not None:
             await self._join(session, wanted.livekit)
         return self.told(session) | self._tokens(session)
@@ -197,7 +194,17 @@ class Front:
         if not self.settings.takes_uploads:
             raise Problem(403, "no-uploads", "this server takes no portraits of its callers")
         if self.settings.consent and consent is None:
-            raise Problem(403, "no-consent", "say in avatar.consent who agreed to this portrait")
+            raise Problem(403, "no-consent", "say in `consent` who agreed to this portrait")
+
+    def takes_upload(self, said: str) -> Consent | None:
+        """The consent in a form's field, as JSON. Raises Problem as `takes_uploads` does."""
+        try:
+            consent = Consent.model_validate_json(said) if said else None
+        except ValueError:
+            detail = 'consent is {"who": …, "when": …, "proof": …} in JSON'
+            raise Problem(400, "bad-input", detail) from None
+        self.takes_uploads(consent)
+        return consent
 
     def _face(self, face: Face) -> bytes:
         """The file of a portrait. Raises Problem."""
@@ -208,6 +215,12 @@ class Front:
             return base64.b64decode(face.image.partition("base64,")[2] or face.image, validate=True)
         except (binascii.Error, ValueError):
             raise Problem(400, "bad-input", "avatar.image is a picture file in base64") from None
+
+
+def agreed(consent: Consent, face: bytes, **of: str) -> None:
+    """Keeps the record of a consent: in the log, with the portrait's hash and what it is for."""
+    record = consent.model_dump() | {"face": hashlib.sha256(face).hexdigest()} | of
+    log.info("consent", extra={"about": record})
 
 
 def portraits() -> dict[str, Path]:
@@ -438,7 +451,7 @@ def _sessions(app: FastAPI, front: Front) -> None:
     def backend(request: Request) -> Grant:
         return auth.backend(request.headers.get("authorization"))
 
-    jobs.routes(app, front.jobs, front.takes_uploads, front.portrait, backend)
+    jobs.routes(app, front.jobs, front.takes_upload, agreed, front.portrait, backend)
 
 
 async def _admitted(ws: WebSocket, auth: Auth, offered: list[str]) -> Grant:

@@ -150,8 +150,10 @@ class Jobs:
                         shutil.rmtree(self.folder / job.id, ignore_errors=True)
                     continue
                 self._more.clear()
+                # Not wait_for: Python 3.11's loses a cancellation that comes together with a job.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._more.wait(), 60.0)
+                    async with asyncio.timeout(60.0):
+                        await self._more.wait()
         finally:
             if self._process is not None:
                 _kill(self._process)
@@ -255,10 +257,11 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 def routes(
-    app: FastAPI, jobs: Jobs, takes: Callable[[], None], face: Callable[[str], bytes],
-    backend: Callable[..., Any],
+    app: FastAPI, jobs: Jobs, takes: Callable[[str], Any], agreed: Callable[..., None],
+    face: Callable[[str], bytes], backend: Callable[..., Any],
 ) -> None:  # fmt: skip
-    """takes: raises Problem where callers may not bring portraits. face: a portrait by name."""
+    """takes: the consent that a form has, if any; raises Problem where callers may not bring
+    portraits. agreed: keeps it. face: a portrait by name."""
     key = [Depends(backend)]
 
     @app.post("/v1/videos", status_code=200, dependencies=key)
@@ -268,13 +271,18 @@ def routes(
         avatar: Annotated[str, Form(max_length=64)] = "",
         prompt: Annotated[str, Form(min_length=1, max_length=2000)] = PROMPT,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 0,
+        consent: Annotated[str, Form(max_length=4000)] = "",
     ) -> Job:
+        record = None
         if input_reference is not None:
-            takes()
+            record = takes(consent)
             portrait = await input_reference.read()
         else:
             portrait = face(avatar)
-        return await asyncio.to_thread(jobs.add, portrait, await audio.read(), prompt, seed)
+        job = await asyncio.to_thread(jobs.add, portrait, await audio.read(), prompt, seed)
+        if record is not None:
+            agreed(record, portrait, video=job.id)
+        return job
 
     @app.get("/v1/videos", dependencies=key)
     def show_all() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime
+import hashlib
 import io
 import wave
 from pathlib import Path
@@ -104,6 +105,31 @@ def test_what_is_no_portrait_or_no_recording_is_refused_and_leaves_nothing(tmp_p
             assert missing.status_code == 404
             assert list(tmp_path.iterdir()) == []
 
+    asyncio.run(run())
+
+
+def test_a_portrait_of_a_caller_needs_the_consent_that_the_operator_asks_for(tmp_path, caplog):
+    """Of videos as of sessions; what is agreed to is in the log, without the picture."""
+
+    async def run() -> None:
+        settings = Settings(jobs=str(tmp_path), consent=True, uploads="yes")
+        async with client(settings) as known:
+            files = {"audio": sound(0.5), "input_reference": picture()}
+            ask = lambda **data: known.post("/v1/videos", files=files, data=data)
+            for said, status in (("", 403), ("yes", 400), ('{"who": "Ada"}', 400)):
+                assert (await ask(consent=said)).status_code == status, said
+            assert not list(tmp_path.iterdir()) and not caplog.records
+            said = '{"who": "Ada", "when": "2026-11-28", "proof": "signed"}'
+            job = (await ask(consent=said)).json()
+            about = caplog.records[-1].__dict__["about"]
+            assert about["who"] == "Ada" and about["video"] == job["id"]
+            assert about["face"] == hashlib.sha256(picture()).hexdigest()
+        settings = Settings(jobs=str(tmp_path), uploads="no")
+        async with client(settings) as known:
+            refused = await known.post("/v1/videos", files=files)
+            assert refused.status_code == 403 and "no-uploads" in refused.json()["type"]
+
+    caplog.set_level("INFO", logger=front.log.name)
     asyncio.run(run())
 
 
