@@ -100,8 +100,9 @@ class Jobs:
             shutil.rmtree(at, ignore_errors=True)
             raise LiveAvatarError(_said(str(error))) from None
         self._all[name] = job
+        asked = dataclasses.replace(job)  # as it is now: the queue may take it at once
         self._more.set()
-        return job
+        return asked
 
     def list(self) -> list[Job]:
         return sorted(self._all.values(), key=lambda job: -job.created_at)
@@ -168,10 +169,14 @@ class Jobs:
         words += ["--weights", settings.weights] if settings.weights else []
         words += ["--device", settings.device] if settings.device else []
         command = [sys.executable, "-m", "liveavatar_jax.cli", *map(str, words)]
-        self._process = process = await asyncio.create_subprocess_exec(
+        starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
-        )  # fmt: skip
+        ))  # fmt: skip
+        try:
+            await asyncio.shield(starting)
+        finally:  # cancelled while a process starts, Python 3.11 waits for ever
+            self._process = process = await starting
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, process.pid, 10)  # live sessions go first
         assert process.stderr is not None
