@@ -5,10 +5,10 @@ uv run --extra train python -m train.autoencoder configs/puppet_vae.py --out run
 
 Two shared cores of an AMD EPYC: 75 s for the linear code, then 0.45 s a step. Of clips that it has
 not seen and whose mouths move at random, the linear code alone has 26.5 dB in all, 23.7 of mouths
-and 20.1 of eyes; after 800 steps 26.8, 23.9 and 20.6. What is shipped came in other runs: 800 and
-1,000 steps with `noise` 0.12 (27.1 dB in all of the held-out clips, 25.9 of mouths), then 1,200
-with 0.5 (0.2 dB less, but eyes and mouths of generated latents are cleaner); it is the mean of both
-networks (27.0, 25.8).
+and 20.1 of eyes. What is shipped came in other runs: 800 steps with noise of 0.12, evenly drawn and
+on motion as well (26.8, 23.9 and 20.6), 1,000 more (27.1 dB in all of the held-out clips, 25.9 of
+mouths), then 1,200 with `noise` 0.5 as it is now (0.2 dB less, but eyes and mouths of generated
+latents are cleaner); it is the mean of both networks (27.0, 25.8).
 """
 
 from liveavatar_jax.config import VAEConfig

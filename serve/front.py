@@ -196,7 +196,7 @@ class Front:
         if self.settings.consent and consent is None:
             raise Problem(403, "no-consent", "say in `consent` who agreed to this portrait")
 
-    def takes_upload(self, said: str) -> Consent | None:
+    def consented(self, said: str) -> Consent | None:
         """The consent in a form's field, as JSON. Raises Problem as `takes_uploads` does."""
         try:
             consent = Consent.model_validate_json(said) if said else None
@@ -451,7 +451,7 @@ def _sessions(app: FastAPI, front: Front) -> None:
     def backend(request: Request) -> Grant:
         return auth.backend(request.headers.get("authorization"))
 
-    jobs.routes(app, front.jobs, front.takes_upload, agreed, front.portrait, backend)
+    jobs.routes(app, front.jobs, front.consented, agreed, front.portrait, backend)
 
 
 async def _admitted(ws: WebSocket, auth: Auth, offered: list[str]) -> Grant:

@@ -151,7 +151,6 @@ class Jobs:
                         shutil.rmtree(self.folder / job.id, ignore_errors=True)
                     continue
                 self._more.clear()
-                # Not wait_for: Python 3.11's loses a cancellation that comes together with a job.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(60.0):
                         await self._more.wait()

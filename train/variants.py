@@ -77,14 +77,11 @@ ROWS = {
     "steps-3": Row("3 steps", steps=3),
     **{
         f"blocks-{n}": Row(
-            f"blocks of {n} latents, of as much history",
-            changes=tuple(
-                f"stream.{field}={value}"
-                for field, value in (
-                    ("block_frames", n),
-                    ("ring_blocks", 12 // n),
-                    ("sink_after", 12 // n),
-                )
+            f"blocks of {n} latent{'s' * (n > 1)}, of as much history",
+            changes=(
+                f"stream.block_frames={n}",
+                f"stream.ring_blocks={12 // n}",
+                f"stream.sink_after={12 // n}",
             ),
         )
         for n in (1, 2, 4)

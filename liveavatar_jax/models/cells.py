@@ -96,7 +96,7 @@ class CellDecoder(nnx.Module):
         still = picture + into_pixels(added, self.group, self.size)
         tiled = jnp.tile(known, (1, latent.shape[1], 1, 1, 1))
         still = still + self.retouch(apart, still, picture) - tiled
-        exact = lambda x: x.astype(jnp.float32)  # a hundredth of a pixel can be seen
+        exact = lambda x: x.astype(jnp.float32)  # bfloat16 knows 2 pixels to a 64th
         flow, led = joined(exact(latent[..., :MOTION]), exact(led), self.group)
         frames = warped(still, over_pixels(flow, self.size))
         memory = FeatureCache((key, picture, known, led.astype(latent.dtype)))
