@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
                    "all stages at once: an earlier first frame (default: 0)")  # fmt: skip
     p.add_argument("--quantise", choices=("int8", "fp8"), help="weights and products of the DiT's "
                    "blocks in 8 bits: half the memory (default: no)")  # fmt: skip
+    p.add_argument("--badge", action="store_true", help='"AI" in a corner of every frame')
+    p.add_argument("--certificate", type=Path, help="PEM chain that signs the file (C2PA)")
+    p.add_argument("--certificate-key", type=Path, help="its ES256 key")
     hosts.add_arguments(p)
 
     p = command(_convert, "Convert the published weights; an interrupted run goes on.")
@@ -193,6 +196,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise LiveAvatarError(f"--scale {args.scale} must lie within 1..16")
     if not 0 <= args.seed < 2**32:
         raise LiveAvatarError(f"--seed {args.seed} must lie within 0..{2**32 - 1}")
+    if (args.certificate is None) != (args.certificate_key is None):
+        raise LiveAvatarError("--certificate and --certificate-key go together; give both")
     weights = args.weights or packed.preset(args.preset or packed.PRESET)
     image = args.image or packed.own(weights, packed.PORTRAIT, "portrait with --image")
     audio = args.audio or packed.own(weights, packed.SPEECH, "recording with --audio")
@@ -214,6 +219,8 @@ def _generate(args: argparse.Namespace) -> int:
             mesh=args.mesh,
             warm=args.warm,
             scale=args.scale,
+            badge=args.badge,
+            signed=args.certificate and (args.certificate, args.certificate_key),
         )
     )
     if hosts.is_last():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig
-from liveavatar_jax.data import speech
+from liveavatar_jax.data import marks, speech
 from liveavatar_jax.data.audio import SAMPLE_RATE, read_audio
 from liveavatar_jax.data.image import Fit, load_portrait, to_pixels
 from liveavatar_jax.data.prompt import PROMPT, Tokenizer
@@ -55,6 +55,8 @@ class Request:
     mesh: str | None = None  # such as "stage=4,vae=1"; None: one device
     warm: int = 0  # first blocks that are made on all stages at once
     scale: int | None = None  # of the video, in pictures; None: small ones become VISIBLE
+    badge: bool = False  # "AI" in a corner of every frame
+    signed: tuple[Path, Path] | None = None  # certificate and key with which the file is signed
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ def generate(request: Request) -> Report:
 
     Raises LiveAvatarError for any input that cannot be used.
     """
+    if request.signed and hosts.is_last():
+        with marks.signer(*request.signed):
+            pass  # before hours of work that it should sign
+    report = _generate(request)
+    if request.signed and report.frames and hosts.is_last():
+        marks.sign(report.out, *request.signed)
+    return report
+
+
+def _generate(request: Request) -> Report:
     cfg = checkpoint.load_config(request.weights)
     moments, picture = speech.Moments.prior(), np.zeros((0, 0, 3), np.uint8)
     if hosts.is_first():
@@ -104,7 +116,10 @@ def generate(request: Request) -> Report:
         if hosts.is_last():
             scale = request.scale or (max(1, VISIBLE // height) if cfg.size else 1)
             size = height, width
-            video = VideoWriter(request.out, size, fps=FPS, audio=request.audio, scale=scale)
+            mark = marks.badge if request.badge else None
+            video = VideoWriter(
+                request.out, size, fps=FPS, audio=request.audio, scale=scale, mark=mark
+            )
             stack.enter_context(video)
         cfg = replace(cfg, stream=_policy(cfg, request))
         spec = _mesh(request, cfg, width // 8)

@@ -23,7 +23,7 @@ from liveavatar_jax.config import ModelConfig
 from liveavatar_jax.models.quantise import quantise
 from liveavatar_jax.parallel import hosts
 from liveavatar_jax.parallel.mesh import MeshSpec
-from liveavatar_jax.parallel.pipeline import Clip, Pipeline
+from liveavatar_jax.parallel.pipeline import Clip, Pipeline, Placed
 from liveavatar_jax.parallel.sharding import WEIGHTS, spec_of
 from liveavatar_jax.paths import leaves
 from liveavatar_jax.types import Array, Float, UInt8
@@ -105,7 +105,7 @@ class OnMesh:
     ):  # fmt: skip
         _, height, width, _ = picture.shape
         self.pipeline = Pipeline(cfg, spec, height // 8, width // 8)
-        self.model = self.pipeline.place(self._load(folder, cfg, quantised))
+        self.model = placed(self.pipeline, folder, quantised)
         self.picture, self.context, self.seed = picture.astype(np.float32), context, seed
         self.blocks_at_once = warm
         self.pipeline.rehearse(self.model)
@@ -163,20 +163,23 @@ class OnMesh:
         """What the first process heard, for all."""
         return hosts.broadcast(self.pipeline.filled(chunk, 1))
 
-    def _load(self, folder: Path, cfg: ModelConfig, quantised: str | None) -> stream.Avatar:
-        """The DiT straight onto the stages; the VAE whole in every process."""
-        avatar = jax.eval_shape(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
-        shapes, mesh = leaves(avatar.dit), self.pipeline.meshes.stages
-        if quantised is not None:
-            shapes |= leaves(jax.eval_shape(lambda dit: quantise(dit, quantised), avatar.dit))
 
-        def place(path: str) -> Sharding:
-            spec = spec_of(f"dit.{path}", len(shapes[path].shape), WEIGHTS)
-            return NamedSharding(mesh, spec or P())
+def placed(pipeline: Pipeline, folder: Path, quantised: str | None = None) -> Placed:
+    """DiT and VAE of a converted checkpoint on the mesh of a pipeline: the DiT straight onto the
+    stages, the VAE by way of every process."""
+    cfg, mesh = pipeline.cfg, pipeline.meshes.stages
+    avatar = jax.eval_shape(lambda: stream.Avatar(cfg, rngs=nnx.Rngs(0)))
+    shapes = leaves(avatar.dit)
+    if quantised is not None:
+        shapes |= leaves(jax.eval_shape(lambda dit: quantise(dit, quantised), avatar.dit))
 
-        avatar.dit = checkpoint.restore(folder, "dit", place, cfg.stream.dtype, quantised)
-        avatar.vae = load(folder, "vae", cfg.stream.dtype)
-        return avatar
+    def place(path: str) -> Sharding:
+        spec = spec_of(f"dit.{path}", len(shapes[path].shape), WEIGHTS)
+        return NamedSharding(mesh, spec or P())
+
+    avatar.dit = checkpoint.restore(folder, "dit", place, cfg.stream.dtype, quantised)
+    avatar.vae = load(folder, "vae", cfg.stream.dtype)
+    return pipeline.place(avatar)
 
 
 def pixels(clip: Clip | None) -> Iterator[Pixels]:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -40,9 +41,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, chosen: settings.Settings):
         app = front.make(chosen)
+        secured = _secured(chosen)
         super().__init__(uvicorn.Config(
             app, chosen.host, chosen.port, log_config=None, ws_max_size=MESSAGE,
-            ws_per_message_deflate=False, timeout_graceful_shutdown=5,
+            ws_per_message_deflate=False, timeout_graceful_shutdown=5, **secured,
         ))  # fmt: skip
         self._drain, self._front = chosen.drain, app.state.front
         self._hurried = False
@@ -65,6 +67,19 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def _secured(chosen: settings.Settings) -> dict[str, Any]:
+    """Options of uvicorn for https://. Raises LiveAvatarError for files that are no such pair."""
+    if not chosen.tls_certificate:
+        return {}
+    chain, key = chosen.tls_certificate, chosen.tls_key
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
+    except OSError as error:  # SSLError is one
+        said = str(error.strerror or error).lower()
+        raise LiveAvatarError(f"tls_certificate {chain} with tls_key {key}: {said}") from None
+    return {"ssl_certfile": chain, "ssl_keyfile": key}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
@@ -77,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LiveAvatarError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
-    print(f"http://{chosen.host}:{chosen.port} (engine: {chosen.engine})", file=sys.stderr)
+    scheme = "https" if chosen.tls_certificate else "http"
+    print(f"{scheme}://{chosen.host}:{chosen.port} (engine: {chosen.engine})", file=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again at its end
         signal.signal(number, server.handle_exit)
     server.run()

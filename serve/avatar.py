@@ -1,4 +1,5 @@
-"""The model behind the engine: a batch of streams on one device, whose rows come and go.
+"""The model behind the engine: a batch of streams on one device, whose rows come and go; those on
+a mesh are in `stages.py`.
 
 A stream begins with a silent block that nobody sees: its first frames blend the still portrait
 in (`stream.LEAD_FRAMES`), so every block after it has its twelve frames.
@@ -6,7 +7,9 @@ in (`stream.LEAD_FRAMES`), so every block after it has its twelve frames.
 
 import argparse
 import dataclasses
+import itertools
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,86 +26,51 @@ from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.devices import prepare
 from liveavatar_jax.generate import ear
 from liveavatar_jax.models.attention import KVCache
-from liveavatar_jax.player import frames_of, load, load_avatar, opened
+from liveavatar_jax.models.vae import VAE
+from liveavatar_jax.parallel.mesh import MeshSpec
+from liveavatar_jax.player import load, load_avatar, opened
 from liveavatar_jax.types import Array, LiveAvatarError
 from liveavatar_jax.weights import checkpoint, packed
 from liveavatar_jax.weights.convert import TOKENIZER
-from serve.engine import Window
+from serve.engine import Maker, Window
 from serve.wire import Ready
 
 Report = Callable[[str, float], None]
 
 
-class Rows:
-    """A `Maker` over one compiled step of `slots` rows; a row at rest costs as much as any."""
+class Streams:
+    """What makers have in common: ears, a reader of prompts, and what they tell of themselves."""
 
-    def __init__(
-        self, folder: Path, cfg: ModelConfig, slots: int, size: tuple[int, int], report: Report
-    ):
-        report("load", 0.0)
-        self.cfg, self.avatar = cfg, load_avatar(folder, cfg)
-        report("load", 0.3)
-        self._prompt = _Prompt(folder, cfg)
+    def __init__(self, folder: Path, cfg: ModelConfig, slots: int):
+        self.cfg, self.slots = cfg, slots
+        self._prompt = Prompt(folder, cfg)
         self._encode, self._window, _ = ear(folder, cfg, speech.SpeechWindow())
         self.left = self._window.left
+        self.took: dict[str, float] = {}
         self._hops = [0] * slots
         self._moments = [speech.PRIOR] * slots
-        self.ready = Ready(
-            folder.name, size[1], size[0], slots, cfg.block, self._window.ahead, 0, together=True
-        )
-        report("compile", 0.4)
-        self._compile(size, report)
-        report("warm", 0.9)
-        for slot in range(slots):
-            self.open(slot, np.zeros((*size, 3), np.uint8), "", 0)
-        report("warm", 1.0)
+        self.silence = np.zeros(self._window.samples, np.int16)
+        self._features = (1, *self._hear(0, self.silence).shape)
 
-    @classmethod
-    def load(cls, args: argparse.Namespace, report: Report) -> "Rows":
-        """As the flags of the engine say. Raises LiveAvatarError where that does not go."""
-        prepare(args)
-        folder = args.weights or packed.preset()
-        cfg = checkpoint.load_config(folder)
-        if cfg.block != speech.BLOCK:
-            raise LiveAvatarError(
-                f"{folder} makes {cfg.block} frames at once, and a live stream hears "
-                f"{speech.BLOCK}; set stream.block_frames of its config to "
-                f"{speech.BLOCK // cfg.vae.frames_per_latent}"
-            )
-        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        cfg = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, dtype=dtype))
-        size = (cfg.size, cfg.size) if cfg.size else _sides(args.size or "720*400")
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return cls(folder, cfg, args.slots, size, report)
-
-    # ---- a Maker
-
-    def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None:
-        given = jnp.asarray(to_pixels(picture)[None]).astype(self.cfg.stream.dtype)
-        one = self._open(self.avatar, given, self._prompt(prompt), jax.random.key(seed))
-        self._state = self._insert(self._state, one, np.int32(slot))
-        self._hops[slot], self._moments[slot] = 0, speech.PRIOR
-        silence = np.zeros(self._window.samples, np.int16)
-        self.make({slot: Window("", 0, 0, silence)})
-
-    def change(self, slot: int, prompt: str) -> None:
-        self._state = self._retell(self.avatar, self._state, self._prompt(prompt), np.int32(slot))
+    def told(self, name: str, size: tuple[int, int], compiled: "Compiled", delay: int = 0) -> Ready:
+        return Ready(
+            name, size[1], size[0], self.slots, self.cfg.block, self._window.ahead, delay,
+            together=True, compiling=compiled.seconds, cached=compiled.cached,
+        )  # fmt: skip
 
     def close(self, slot: int) -> None:
         pass  # the row rests until the next stream takes it
 
-    def make(self, windows: Mapping[int, Window]) -> Mapping[int, np.ndarray]:
-        slots = self.ready.slots
-        audio = np.zeros((slots, *self._features), np.float32)
-        for slot, window in windows.items():
-            audio[slot, 0] = self._hear(slot, window.samples)
-        live = np.isin(np.arange(slots), list(windows))
-        chunk = stream.Chunk(audio=audio, live=live)  # type: ignore[arg-type]
-        self._state, frames = self._step(self.avatar, self._state, chunk)
-        frames = np.asarray(frames)
-        return {slot: frames[slot] for slot in windows}
+    def memory(self) -> dict[str, float]:
+        found = {}
+        for device in jax.local_devices():
+            if stats := device.memory_stats():
+                found[f"{device.platform}:{device.id}"] = float(stats["bytes_in_use"])
+        return found
 
-    # ---- what it is made of
+    def _begin(self, slot: int) -> None:
+        """Nothing was heard there yet."""
+        self._hops[slot], self._moments[slot] = 0, speech.PRIOR
 
     def _hear(self, slot: int, samples: np.ndarray) -> np.ndarray:
         """The features of a block, as `speech.listen` has them."""
@@ -114,10 +82,104 @@ class Rows:
         self._hops[slot] += 1
         return self._encode(sound[None], asked)[0]
 
+    def _chunk(self, heard: Mapping[int, np.ndarray], **labels: np.ndarray) -> stream.Chunk:
+        """Features of the rows that have some; the others rest."""
+        audio = np.zeros((self.slots, *self._features), np.float32)
+        for slot, features in heard.items():
+            audio[slot, 0] = features
+        live = np.isin(np.arange(self.slots), list(heard))
+        return stream.Chunk(audio=audio, live=live, **labels)  # type: ignore[arg-type]
+
+
+class Compiled:
+    """What compiling took in this process from now on."""
+
+    def __init__(self) -> None:
+        self.seconds, self.cached = 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._took)
+        jax.monitoring.register_event_listener(self._hit)
+
+    def _took(self, event: str, duration_secs: float, **about: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds += duration_secs
+
+    def _hit(self, event: str, **about: Any) -> None:
+        self.cached += event.endswith("compilation_cache/cache_hits")
+
+
+def make(args: argparse.Namespace, report: Report) -> Maker:
+    """As the flags of the engine say. Raises LiveAvatarError where that does not go."""
+    prepare(args)
+    folder = args.weights or packed.preset()
+    cfg = checkpoint.load_config(folder)
+    if cfg.block != speech.BLOCK:
+        raise LiveAvatarError(
+            f"{folder} makes {cfg.block} frames at once, and a live stream hears "
+            f"{speech.BLOCK}; set stream.block_frames of its config to "
+            f"{speech.BLOCK // cfg.vae.frames_per_latent}"
+        )
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    cfg = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, dtype=dtype))
+    size = (cfg.size, cfg.size) if cfg.size else _sides(args.size or "720*400")
+    # For good: whatever is called under another precision is compiled once more.
+    jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
+    if args.mesh is None:
+        return Rows(folder, cfg, args.slots, size, report, args.quantise)
+    from serve.stages import Stages
+
+    return Stages(folder, cfg, MeshSpec.parse(args.mesh), args.slots, size, report, args.quantise)
+
+
+class Rows(Streams):
+    """A `Maker` over one compiled step of `slots` rows; a row at rest costs as much as any."""
+
+    def __init__(
+        self, folder: Path, cfg: ModelConfig, slots: int, size: tuple[int, int], report: Report,
+        quantised: str | None = None,
+    ):  # fmt: skip
+        report("load", 0.0)
+        compiled, self.avatar = Compiled(), load_avatar(folder, cfg, quantised)
+        report("load", 0.3)
+        super().__init__(folder, cfg, slots)
+        report("compile", 0.4)
+        self._compile(size, report)
+        report("warm", 0.9)
+        for slot in range(slots):
+            self.open(slot, np.zeros((*size, 3), np.uint8), "", 0)
+        self.ready = self.told(folder.name, size, compiled)
+        report("warm", 1.0)
+
+    # ---- a Maker
+
+    def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None:
+        given = jnp.asarray(to_pixels(picture)[None]).astype(self.cfg.stream.dtype)
+        one = self._open(self.avatar, given, self._prompt(prompt), jax.random.key(seed))
+        self._state = self._insert(self._state, one, np.int32(slot))
+        self._begin(slot)
+        self.make({slot: Window("", 0, 0, self.silence)})
+
+    def change(self, slot: int, prompt: str) -> None:
+        self._state = self._retell(self.avatar, self._state, self._prompt(prompt), np.int32(slot))
+
+    def make(self, windows: Mapping[int, Window]) -> Mapping[int, np.ndarray]:
+        times = [time.monotonic()]
+        heard = {slot: self._hear(slot, window.samples) for slot, window in windows.items()}
+        times.append(time.monotonic())
+        state, flight = self._denoise(self.avatar, self._state, self._chunk(heard))
+        jax.block_until_ready(flight)
+        times.append(time.monotonic())
+        decoder, frames = self._decode(self.avatar.vae, state.decoder, flight.x, flight.live)
+        self._state = dataclasses.replace(state, decoder=decoder)
+        frames = np.asarray(frames)
+        times.append(time.monotonic())
+        stages = zip(("audio", "denoise", "vae"), itertools.pairwise(times), strict=True)
+        self.took = {stage: end - begun for stage, (begun, end) in stages}
+        return {slot: frames[slot] for slot in windows}
+
+    # ---- what it is made of
+
     def _compile(self, size: tuple[int, int], report: Report) -> None:
-        cfg, slots = self.cfg, self.ready.slots
-        heard = self._hear(0, np.zeros(self._window.samples, np.int16))
-        self._features = (1, *heard.shape)
+        cfg, slots = self.cfg, self.slots
         picture = jnp.zeros((1, *size, 3), cfg.stream.dtype)
         given = (self.avatar, picture, self._prompt(""), jax.random.key(0))
         self._open = jax.jit(opened).lower(*given).compile()
@@ -133,12 +195,21 @@ class Rows:
         retell = jax.jit(_retold, donate_argnums=1)
         self._retell = retell.lower(self.avatar, shape, given[2], at).compile()
         report("compile", 0.7)
-        chunk = stream.Chunk(
-            audio=np.zeros((slots, *self._features), np.float32),  # type: ignore[arg-type]
-            live=np.zeros(slots, bool),  # type: ignore[arg-type]
-        )
-        step = jax.jit(frames_of, donate_argnums=1)
-        self._step = step.lower(self.avatar, shape, chunk).compile()
+        denoise = jax.jit(_denoised, donate_argnums=1)
+        self._denoise = denoise.lower(self.avatar, shape, self._chunk({})).compile()
+        report("compile", 0.8)
+        state, flight = jax.eval_shape(_denoised, self.avatar, shape, self._chunk({}))
+        given = (self.avatar.vae, state.decoder, flight.x, flight.live)
+        self._decode = jax.jit(_decoded, donate_argnums=1).lower(*given).compile()
+
+
+def _denoised(model: stream.Avatar, state: Any, chunk: stream.Chunk) -> Any:
+    return stream.denoise(model, state, stream.draw(model, state), chunk)
+
+
+def _decoded(vae: VAE, cache: Any, x: Array, live: Array) -> Any:
+    cache, frames = stream.decode(vae, cache, x, live)
+    return cache, stream.pixels(frames)
 
 
 # Where the batch stands in the leaves of a `StreamState`; in its rings and sinks, see below.
@@ -164,7 +235,7 @@ def _retold(avatar: stream.Avatar, state: Any, context: Array, row: Array) -> An
     return dataclasses.replace(state, text=jax.tree.map(put, state.text, text))
 
 
-class _Prompt:
+class Prompt:
     """Rows of the text encoder, [1, text_len, k], zeros after the prompt: one shape for all."""
 
     def __init__(self, folder: Path, cfg: ModelConfig):

@@ -87,7 +87,7 @@ class Timeline:
     it lags. idle: while nobody speaks, frames are generated; or, when LOOP of them were shown,
     these again, there and back, and the first ones of what is said fade in; or the last frame
     stands, but for one block of silence, so that there is one. What is shown again counts as any
-    other sample, but the engine does not know of it.
+    other sample, but the engine does not know of it. It may be set at any time.
     """
 
     def __init__(
@@ -278,8 +278,8 @@ class Timeline:
                 self._spans.popleft()
                 played_ms = round(1000 * span.seconds(self.played))
                 events.append(("speech.ended", {"played_ms": played_ms, "interrupted": False}))
-        if self.idle == "loop" and not self._fade:
-            if events or self._spans:
+        if not self._fade:
+            if self.idle != "loop" or events or self._spans:
                 self._silent.clear()
             else:
                 self._silent.append(frame)
@@ -287,7 +287,9 @@ class Timeline:
 
     def _shown_again(self) -> Shown | None:
         """A frame of the loop, in silence."""
-        if not self._resting or self._spans or not self._silent:
+        if not (self.idle == "loop" and self._resting and len(self._silent) == LOOP):
+            return None
+        if self._spans:
             return None
         first, self._fade = self.played, FADE
         self.played += PER_FRAME

@@ -4,7 +4,7 @@
 
 Every session has a seat, a row of the model's batch. Whatever seats have heard enough make their
 next block together. A session that cannot be opened fails alone. What makes the frames is a
-`Maker`: `avatar.py` or `mock.py`.
+`Maker`: `avatar.py`, `stages.py` or `mock.py`.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from serve.wire import (
     PER_FRAME,
     Block,
     Change,
+    Changed,
     Clear,
     Close,
     Closed,
@@ -47,6 +48,7 @@ class Maker(Protocol):
 
     ready: Ready
     left: int
+    took: dict[str, float]  # seconds of the last `make`, by stage
 
     def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None:
         """A new stream takes a slot. Raises Refused when it cannot."""
@@ -60,6 +62,10 @@ class Maker(Protocol):
         ...
 
     def close(self, slot: int) -> None: ...
+
+    def memory(self) -> dict[str, float]:
+        """Bytes in use, by device."""
+        ...
 
 
 class Refused(Exception):
@@ -119,7 +125,7 @@ class Engine:
             case Open():
                 self._open(message)
             case Ping(number):
-                self.say(Pong(number))
+                self.say(Pong(number, self.maker.memory()))
             case Close(session):
                 if (seat := self.seats.pop(session, None)) is not None:
                     self.maker.close(seat.slot)
@@ -130,7 +136,9 @@ class Engine:
             case Clear(session, epoch) if session in self.seats:
                 self.seats[session].clear(epoch)
             case Change(session, prompt) if session in self.seats:
-                self.maker.change(self.seats[session].slot, prompt)
+                seat = self.seats[session]
+                self.maker.change(seat.slot, prompt)
+                self.say(Changed(session, seat.epoch, seat.first))
 
     def tick(self) -> bool:
         """A block for each seat that has heard enough; whether there was anything to do."""
@@ -140,13 +148,13 @@ class Engine:
             return False
         begun = time.monotonic()
         made = self.maker.make(windows)
-        took = time.monotonic() - begun
+        took = {"make": time.monotonic() - begun, **self.maker.took}
         if made and not self.maker.ready.together:
-            took /= len(made)
+            took = {stage: seconds / len(made) for stage, seconds in took.items()}
         for seat in self.seats.values():
             if seat.slot in made and seat.flight:
                 epoch, first = seat.flight.popleft()
-                seconds, begun = {"make": took, "send": self._sent}, time.monotonic()
+                seconds, begun = took | {"send": self._sent}, time.monotonic()
                 self.say(Block(seat.session, epoch, first, made[seat.slot], seconds))
                 self._sent = time.monotonic() - begun
         return True
@@ -209,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", help="720*400; what the model knows, where it knows but one")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--mesh", help="stage=4,vae=1; one device")
+    parser.add_argument("--fake-devices", type=int, help="of a CPU, to try a mesh on")
+    parser.add_argument("--quantise", choices=("int8", "fp8"))
     args = parser.parse_args(argv)
     pipe = Pipe(socket.socket(fileno=args.fd))
     try:
@@ -217,9 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(pipe, lambda report: Mock(args.slots))
         else:
-            from serve.avatar import Rows
+            from serve.avatar import make
 
-            run(pipe, lambda report: Rows.load(args, report))
+            run(pipe, lambda report: make(args, report))
         return 0
     except LiveAvatarError as error:
         print(f"serve: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -30,15 +31,16 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from liveavatar_jax.data import marks
 from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
-from serve import jobs, marks, rtc
+from serve import jobs, rtc
 from serve.auth import Auth, Bucket, Denied, Grant, bearer
 from serve.clock import Idle
 from serve.link import Link, engine
 from serve.metrics import Metrics
 from serve.pictures import portrait
-from serve.session import Problem, Session
+from serve.session import Limits, Problem, Session
 from serve.sessions import Sessions, lasting
 from serve.settings import Settings
 from serve.socket import CHARACTERS, MEDIA, RATES, Socket
@@ -79,6 +81,24 @@ class Room(BaseModel):
     token: str = Field(max_length=8000)
 
 
+class Sound(BaseModel):
+    """What comes in over the WebSocket, unless its address says otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+    sample_rate: Literal[*RATES] = RATE  # type: ignore[valid-type]
+
+
+class Ends(BaseModel):
+    """Sooner than the server would end the session."""
+
+    model_config = ConfigDict(extra="forbid")
+    max_s: Annotated[float | None, Field(gt=0)] = None
+    idle_s: Annotated[float | None, Field(gt=0)] = None
+
+
+Note = Annotated[str, Field(max_length=512)]
+
+
 class Create(BaseModel):
     model_config = ConfigDict(extra="forbid")
     avatar: Face = Field(default_factory=Face)
@@ -86,7 +106,11 @@ class Create(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     live: bool = False  # sound of a microphone, which never stops
     idle: Idle = "generate"
-    transport: Literal["any", "livekit"] = "any"
+    size: Annotated[str, Field(max_length=16)] | None = None  # WIDTH*HEIGHT, if it must be that
+    input: Sound = Field(default_factory=Sound)
+    limits: Ends = Ends()
+    metadata: dict[Note, Note] = Field(default_factory=dict, max_length=16)  # comes back as it is
+    transport: Literal["any", "webrtc", "ws", "livekit"] = "any"  # all but rooms are always open
     livekit: Room | None = None
 
 
@@ -97,7 +121,8 @@ class Front:
         self.settings, self.metrics = settings, Metrics()
         self.auth = Auth(settings.keys, settings.secret or None)
         command = engine(settings.command())
-        workers = [functools.partial(Link, command) for _ in range(settings.workers)]
+        workers = [functools.partial(Link, command, sees=settings.sees(number))
+                   for number in range(settings.workers)]  # fmt: skip
         mark = marks.badge if settings.badge else None
         self.sessions = Sessions(workers, settings.limits, self.metrics, mark=mark)
         self.rtc, self.jobs = rtc.Calls(settings), jobs.Jobs(settings)
@@ -126,10 +151,16 @@ class Front:
         if (wanted.transport == "livekit") != (wanted.livekit is not None):
             detail = "transport livekit and livekit {url, token} go together"
             raise Problem(422, "bad-input", detail)
-        face = self._face(wanted.avatar)
+        face, limits = self._face(wanted.avatar), self._limits(wanted.limits)
+        if wanted.size is not None and (ready := self.sessions.ready) is not None:
+            only = f"{ready.width}*{ready.height}"
+            if wanted.size != only:
+                detail = f"size {wanted.size}: this server is compiled for {only} alone"
+                raise Problem(422, "no-such-size", detail)
         session = await self.sessions.create(
             functools.partial(portrait, face), wanted.prompt, seed=wanted.seed, live=wanted.live,
-            idle=wanted.idle,
+            idle=wanted.idle, limits=limits, rate=wanted.input.sample_rate,
+            metadata=wanted.metadata,
         )  # fmt: skip
         if wanted.avatar.consent is not None:
             agreed(wanted.avatar.consent, face, session=session.id)
@@ -139,6 +170,7 @@ class Front:
 
     async def _join(self, session: Session, room: Room) -> None:
         """Raises Problem, or LiveAvatarError without the extra; then there is no session."""
+        session.roomed = True
         try:
             # In a thread: the import takes seconds, and other sessions go on.
             livekit = await asyncio.to_thread(importlib.import_module, "serve.livekit")
@@ -161,13 +193,19 @@ class Front:
             "sample_rate": RATE,
             "block_ms": round(ready.frames * frame_ms),
             "ahead_ms": round(1000 * ready.ahead / RATE),
-            "lookahead_blocks": limits.lookahead,
+            "input": {"sample_rate": session.rate},
+            "metadata": session.metadata,
+            "prompt": session.prompt,
+            "idle": session.timeline.idle,
+            "lookahead_blocks": session.lookahead,
             "limits": {"max_s": limits.longest, "idle_s": limits.idle, "grace_s": limits.grace},
-            "marks": {"badge": self.settings.badge},
+            "marks": {"badge": self.settings.badge, "c2pa": False},  # of files alone
             "urls": {
                 "session": f"/v1/sessions/{session.id}",
                 "events": f"/v1/sessions/{session.id}/events",
                 "rtc": f"/v1/sessions/{session.id}/rtc",
+                "whip": f"/v1/sessions/{session.id}/rtc",
+                "whep": f"/v1/sessions/{session.id}/whep",
             },
             "ice_servers": self.rtc.servers(session),
         }
@@ -179,6 +217,17 @@ class Front:
             "viewer_token": self.auth.token(session.id, seconds, "viewer"),
             "expires_at": round(time.time() + session.limits.longest),
         }
+
+    def _limits(self, wanted: Ends) -> Limits:
+        """Raises Problem for more than the server gives."""
+        given, ours = wanted.model_dump(exclude_none=True), self.settings.limits
+        for name, most in (("max_s", ours.longest), ("idle_s", ours.idle)):
+            if given.get(name, most) > most:
+                detail = f"limits.{name} is at most {most:g} here"
+                raise Problem(422, "bad-input", detail)
+        return dataclasses.replace(
+            ours, longest=given.get("max_s", ours.longest), idle=given.get("idle_s", ours.idle)
+        )
 
     def portrait(self, name: str | None) -> bytes:
         """The file of a portrait that is offered, the first one by default. Raises Problem."""
@@ -425,18 +474,18 @@ def _sessions(app: FastAPI, front: Front) -> None:
     @app.websocket("/v1/sessions/{session}/events")
     async def events(
         ws: WebSocket, session: str, media: Annotated[str, Query()] = "none",
-        rate: Annotated[int, Query()] = RATE,
+        rate: Annotated[int | None, Query()] = None,
     ) -> None:  # fmt: skip
         offered = [name.strip() for name in ws.headers.get("sec-websocket-protocol", "").split(",")]
         await ws.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
         try:
             grant = await _admitted(ws, auth, offered)
             grant.check(session, speak=False)
-            if media not in MEDIA or rate not in RATES:
+            if media not in MEDIA or rate not in (None, *RATES):
                 raise Problem(400, "bad-input", f"media is one of {', '.join(MEDIA)}, rate one of "
                               f"{', '.join(map(str, RATES))}")  # fmt: skip
             found = sessions.get(session)
-            socket = Socket(ws, found, media, rate, grant.role != "viewer")
+            socket = Socket(ws, found, media, rate or found.rate, grant.role != "viewer")
             socket.tell({"type": "session.ready", **front.told(found), "epoch":
                          found.timeline.epoch})  # fmt: skip
             await socket.run()

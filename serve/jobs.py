@@ -29,7 +29,6 @@ from PIL import Image
 from liveavatar_jax.data.audio import read_audio
 from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
-from serve import marks
 from serve.pictures import checked
 from serve.session import Problem
 from serve.wire import RATE
@@ -165,8 +164,10 @@ class Jobs:
         words = ["generate", "--image", at / "portrait.png", "--audio", at / "recording",
                  "--prompt", job.prompt, "--seed", job.seed, "--out", at / "draft.mp4"]  # fmt: skip
         settings = self._settings
-        words += ["--weights", settings.weights] if settings.weights else []
-        words += ["--device", settings.device] if settings.device else []
+        for name in ("weights", "device", "certificate", "certificate_key"):
+            if value := getattr(settings, name):
+                words += [f"--{name.replace('_', '-')}", value]
+        words += ["--badge"] if settings.badge else []
         command = [sys.executable, "-m", "liveavatar_jax.cli", *map(str, words)]
         starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
@@ -192,9 +193,6 @@ class Jobs:
             if code:
                 last = tail.decode("utf-8", "replace").strip().splitlines()
                 raise LiveAvatarError(_said(last[-1]) if last else f"it ended with {code}")
-            signed = [self._settings.certificate, self._settings.certificate_key]
-            if all(signed):
-                await asyncio.to_thread(marks.sign, at / "draft.mp4", *map(Path, signed))
             os.replace(at / "draft.mp4", at / "video.mp4")
             job.status, job.progress, job.size = "completed", 100, _size(at / "video.mp4")
         except LiveAvatarError as error:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from serve import wire
@@ -35,10 +35,12 @@ class Health:
     restarts: int = -1
     ready: Ready | None = None
     heard: float = 0.0  # when it last said something
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Link:
-    """One engine process. hear: (message) of the engine; lost: (reason) when it is gone."""
+    """One engine process. hear: (message) of the engine; lost: (reason) when it is gone; sees:
+    variables of its own."""
 
     def __init__(
         self,
@@ -46,11 +48,13 @@ class Link:
         hear: Callable[[Any], None],
         lost: Callable[[str], None],
         *,
+        sees: Mapping[str, str] | None = None,
         hangs: float = HANGS,
         starts: float = STARTS,
     ):
         self.command, self.hear, self.lost = command, hear, lost
         self.hangs, self.starts = hangs, starts
+        self.environment = os.environ | (sees or {})
         self.health = Health()
         self.process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -88,7 +92,7 @@ class Link:
             reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
             self.process = await asyncio.create_subprocess_exec(
                 *self.command, "--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                start_new_session=True, env=self.environment,
             )  # fmt: skip
         self.health.heard = time.monotonic()
         tasks = [asyncio.create_task(job) for job in (self._read(reader), self._watch())]
@@ -115,8 +119,8 @@ class Link:
                         self.health.state, self.health.ready = "ready", message
                         self.health.stage, self.health.done = "ready", 1.0
                         self.hear(message)
-                    case Pong():
-                        pass
+                    case Pong(memory=memory):
+                        self.health.memory = memory
                     case _:
                         self.hear(message)
         except WireError as error:

@@ -80,6 +80,7 @@ class Mock:
     def __init__(self, slots: int, frames: int = 12, ahead: int = 1920, seconds: float = 0.0):
         self.ready = Ready("mock", SIZE, SIZE, slots, frames, ahead, 0)
         self.seconds = seconds
+        self.took: dict[str, float] = {}
 
     def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None:
         pass
@@ -89,6 +90,9 @@ class Mock:
 
     def close(self, slot: int) -> None:
         pass
+
+    def memory(self) -> dict[str, float]:
+        return {}
 
     def make(self, windows: Mapping[int, Window]) -> Mapping[int, np.ndarray]:
         if self.seconds:

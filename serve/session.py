@@ -21,6 +21,7 @@ from serve.wire import (
     RATE,
     Block,
     Change,
+    Changed,
     Clear,
     Hear,
     Opened,
@@ -99,7 +100,10 @@ class Worker:
     @property
     def load(self) -> float:
         """The share of real time that it would need with one session more."""
-        return 0.0 if self.ready is None else self.work.share(len(self.held) + 1, self.ready)
+        return self.share(len(self.held) + 1)
+
+    def share(self, sessions: int) -> float:
+        return 0.0 if self.ready is None else self.work.share(sessions, self.ready)
 
 
 class Session:
@@ -107,13 +111,17 @@ class Session:
 
     def __init__(
         self, worker: Worker, ready: Ready, limits: Limits, metrics: Metrics, clock: Clock,
-        *, live: bool, idle: Idle, mark: Mark | None = None,
+        *, live: bool, idle: Idle, prompt: str = "", rate: int = RATE,
+        metadata: dict[str, str] | None = None, mark: Mark | None = None,
     ):  # fmt: skip
         self._mark = mark
+        self.prompt, self.rate, self.metadata = prompt, rate, metadata or {}
+        self.skew: float | None = None  # seconds by which a call sends pictures after their sound
+        self.roomed = False  # shown in a room, which wants each frame made for its samples
         self.id = secrets.token_urlsafe(9)
         self.worker, self.ready, self.limits, self.metrics = worker, ready, limits, metrics
         self.timeline = Timeline(
-            ready.frames, ready.ahead, lookahead=limits.lookahead, live=live, idle=idle,
+            ready.frames, ready.ahead, lookahead=self.lookahead, live=live, idle=idle,
             limit=limits.speech,
         )  # fmt: skip
         self.state, self.reason = "opening", ""
@@ -126,14 +134,20 @@ class Session:
         self._clock = clock
         self._asked: collections.deque[float] = collections.deque()
         self._arrived = 0.0  # when the last block did
+        self._prompts: collections.deque[str] = collections.deque()  # not in force yet
         # Of the last blocks: their first sample, when they were asked for, and when they came.
         self._blocks: collections.deque[tuple[int, float, float]]
-        self._blocks = collections.deque(maxlen=limits.lookahead + 4)
+        self._blocks = collections.deque(maxlen=self.lookahead + 4)
         # The first of the samples that came in at once, and when.
         self._came: collections.deque[tuple[int, float]] = collections.deque(maxlen=10_000)
         self._shown = 0
         self._rate = (clock.now(), 0, 0.0)  # when frames were counted last; how many; a second
         self._task: asyncio.Task | None = None
+
+    @property
+    def lookahead(self) -> int:
+        """Blocks that may be ahead of what is shown; those in the stages of a pipeline beside."""
+        return self.limits.lookahead + self.ready.delay
 
     # ---- what a caller does
 
@@ -177,9 +191,21 @@ class Session:
         self.tell("audio.cleared", played_ms=played_ms)
         self.metrics.clear.observe(self._clock.now() - begun)
 
-    def change(self, prompt: str) -> None:
-        self.worker.link.send(Change(self.id, prompt))
-        self.tell("session.updated", prompt=prompt)
+    def change(self, prompt: str | None = None, idle: Idle | None = None) -> None:
+        """From the next block on; `session.updated` says from which sample. Raises Problem for a
+        session that cannot rest."""
+        if idle is not None and idle != "generate" and self.roomed:
+            raise Problem(409, "bad-input", "in a room, idle is generate")
+        self.timeline.idle = idle or self.timeline.idle
+        if prompt is not None:
+            self.worker.link.send(Change(self.id, prompt))
+            self._prompts.append(prompt)
+        elif idle is not None:
+            self._updated(self.timeline.made)
+
+    def _updated(self, at_sample: int) -> None:
+        self.tell("session.updated", prompt=self.prompt, idle=self.timeline.idle,
+                  at_sample=at_sample)  # fmt: skip
 
     def join(self, viewer: Viewer) -> None:
         """Raises Problem when too many watch."""
@@ -202,7 +228,12 @@ class Session:
 
     # ---- what the engine says
 
-    def hear(self, message: Opened | Block) -> None:
+    def hear(self, message: Opened | Changed | Block) -> None:
+        if isinstance(message, Changed):
+            self.prompt = self._prompts.popleft()
+            current = message.epoch == self.timeline.epoch
+            self._updated(message.first + self.timeline.again if current else 0)
+            return
         if isinstance(message, Opened):
             self._become("ready")
             if not self.opened.done():
@@ -216,9 +247,13 @@ class Session:
         if message.epoch == self.timeline.epoch and self._asked:
             asked = self._asked.popleft()
             self._blocks.append((message.first + self.timeline.again, asked, now))
-            took = now - max(asked, self._arrived)  # without its wait in a queue
             low, high = MARGIN
-            wanted = min(high, max(low, 0.08 + 1.5 * took))
+            if self.ready.delay:  # its way through the stages, on which others are before it
+                block = self.timeline.block / RATE
+                wanted = min(high + self.ready.delay * block, 0.08 + 1.2 * (now - asked))
+            else:  # without its wait in a queue
+                took = now - max(asked, self._arrived)
+                wanted = min(high, max(low, 0.08 + 1.5 * took))
             # Up at once, down slowly: an engine that was late once may be so again.
             self.timeline.margin = max(wanted, 0.95 * self.timeline.margin)
         self._arrived = now
@@ -241,6 +276,9 @@ class Session:
             self.metrics.first_frame.observe(self._clock.now() - self.begun)
         self._shown += 1
         self.metrics.frames.inc()
+        for first, _, came in self._blocks:
+            if first == shown.first:
+                self.metrics.block.labels("publish").observe(self._clock.now() - came)
         for kind, fields in shown.events:
             if kind == "speech.started":
                 self._become("speaking")
@@ -295,6 +333,7 @@ class Session:
             "waiting_ms": round(1000 * self.timeline.waiting / RATE),
             "stall_ms": round(1000 * self.stalls),
             "gap_ms": round(1000 * self.timeline.gaps / RATE),
+            "skew_ms": None if self.skew is None else round(1000 * self.skew),
             "viewers": sum(viewer.watching for viewer in self.viewers),
         }
 

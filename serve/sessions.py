@@ -18,7 +18,7 @@ from serve.headroom import Pulse, Work
 from serve.link import Link
 from serve.metrics import Metrics
 from serve.session import Limits, Mark, Problem, Session, Worker
-from serve.wire import Block, Close, Closed, Failed, Open, Opened, Ready
+from serve.wire import RATE, Block, Changed, Close, Closed, Failed, Open, Opened, Ready
 
 OPENING = 20.0  # seconds that an engine may take to open a session
 
@@ -64,10 +64,11 @@ class Sessions:
 
     async def create(
         self, picture: Callable[[Ready], np.ndarray], prompt: str, *, seed: int = 0,
-        live: bool = False, idle: Idle = "generate",
+        live: bool = False, idle: Idle = "generate", limits: Limits | None = None, **more: Any,
     ) -> Session:  # fmt: skip
-        """A session that is open. picture: makes the portrait for the model's size. Raises Problem
-        when there is no place, before those that run would notice."""
+        """A session that is open. picture: makes the portrait for the model's size; limits: its
+        own, more: of `Session`. Raises Problem when there is no place, before those that run would
+        notice."""
         worker = max(self.workers, key=lambda worker: (self._room(worker), worker.free))
         if self.draining:
             self._refuse("draining", 503, "this server is going down", 30.0)
@@ -82,8 +83,8 @@ class Sessions:
             self._refuse("busy", 429, "no time is left for one more; try again later", 5.0)
         assert worker.ready is not None
         session = Session(
-            worker, worker.ready, self.limits, self.metrics, self.clock, live=live, idle=idle,
-            mark=self._mark,
+            worker, worker.ready, limits or self.limits, self.metrics, self.clock, live=live,
+            idle=idle, prompt=prompt, mark=self._mark, **more,
         )  # fmt: skip
         self.all[session.id] = session
         worker.held.add(session.id)  # before anything waits: nobody else gets this place
@@ -143,7 +144,9 @@ class Sessions:
         match message:
             case Ready():
                 self.metrics.ready.set(1)
-            case Opened(name) | Block(session=name) if name in self.all:
+                self.metrics.compiling.set(message.compiling)
+                self.metrics.cached.inc(message.cached)
+            case Opened(name) | Changed(name) | Block(session=name) if name in self.all:
                 if isinstance(message, Block):
                     worker.work.add(self.clock.now(), message)
                 try:
@@ -169,19 +172,38 @@ class Sessions:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            states = collections.Counter(session.state for session in self.all.values())
-            for state in ("opening", "ready", "speaking"):
-                self.metrics.sessions.labels(state).set(states[state])
-            buffers = [session.timeline.buffered for session in self.all.values()]
-            self.metrics.buffer.set(min(buffers, default=0.0))
-            self.metrics.load.labels("front").set(self.load)
-            self.metrics.load.labels("engine").set(max(worker.load for worker in self.workers))
+            rates = []
             for session in list(self.all.values()):
                 session.settle()
                 if (reason := session.overdue()) is not None:
                     self.close(session, reason)
                 else:
-                    session.tell("stats", **session.stats())
+                    session.tell("stats", **(stats := session.stats()))
+                    rates += [stats["fps"]] if stats["fps"] else []
+            self.metrics.fps.set(min(rates, default=0.0))
+            self._gauge()
+
+    def _gauge(self) -> None:
+        """What is so now, for the metrics."""
+        metrics = self.metrics
+        states = collections.Counter(session.state for session in self.all.values())
+        for state in ("opening", "ready", "speaking"):
+            metrics.sessions.labels(state).set(states[state])
+        lines = [session.timeline for session in self.all.values()]
+        waits = {
+            "input": max((line.waiting / RATE for line in lines), default=0.0),
+            "engine": max(((line.asked - line.made) / RATE for line in lines), default=0.0),
+            "picture": min((line.buffered for line in lines), default=0.0),
+        }
+        for where, seconds in waits.items():
+            metrics.buffer.labels(where).set(seconds)
+        metrics.load.labels("front").set(self.load)
+        metrics.load.labels("engine").set(max(worker.load for worker in self.workers))
+        slowest = max(worker.share(len(worker.held)) for worker in self.workers)
+        metrics.realtime.set(1 / slowest if slowest else 0.0)
+        for number, worker in enumerate(self.workers):
+            for device, used in worker.link.health.memory.items():
+                metrics.memory.labels(str(number), device).set(used)
 
 
 def lasting(limits: Limits) -> float:

@@ -30,6 +30,10 @@ class Settings:
     slots: int = 1  # sessions of each
     size: str = "720*400"  # of models that know more than one
     device: str = ""  # cpu, gpu, tpu; the best when empty
+    devices: tuple[str, ...] = ()  # numbers of GPUs or TPU chips, shared out over the workers
+    mesh: str = ""  # of each worker, as stage=4,vae=1; one device when empty
+    fake_devices: int = 0  # of a CPU, to try a mesh on
+    quantise: str = ""  # int8 or fp8: the DiT's trunk, in 8 bits
     keys: tuple[str, ...] = ()  # of backends; none: open, which only loopback hosts may be
     secret: str = ""  # signs client tokens; a new one at each start when empty
     origins: tuple[str, ...] = ()  # other web pages that may call
@@ -38,6 +42,8 @@ class Settings:
     badge: bool = False  # "AI" in a corner of every frame
     certificate: str = ""  # PEM chain that signs files (C2PA), and its ES256 key
     certificate_key: str = ""
+    tls_certificate: str = ""  # PEM chain for https://, and its key; else a proxy has them
+    tls_key: str = ""
     max_body: int = 16_000_000  # bytes of a request
     rate: float = 2.0  # sessions that an address may create a second
     drain: float = 30.0  # seconds for who is there, on the way down
@@ -62,14 +68,27 @@ class Settings:
         for name in ("workers", "slots", "lookahead", "max_body"):
             if getattr(self, name) < 1:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.quantise not in ("", "int8", "fp8"):
+            raise LiveAvatarError(f"quantise = {self.quantise!r} must be int8 or fp8")
+        if self.fake_devices < 0:
+            raise LiveAvatarError(f"fake_devices = {self.fake_devices} must be at least 0")
+        if len(self.devices) % self.workers:
+            raise LiveAvatarError(
+                f"devices = {','.join(self.devices)} cannot be shared out evenly over "
+                f"{self.workers} workers"
+            )
+        for number in self.devices:
+            if not number.isdecimal():
+                raise LiveAvatarError(f"devices = {number!r} must be numbers, as 0,1,2,3")
         for name in ("longest", "idle", "grace", "rate", "drain", "busy"):
             if not 0 < getattr(self, name) < math.inf:
                 raise LiveAvatarError(f"{name} = {getattr(self, name)} must be above 0, and finite")
         if self.viewers < 0:
             raise LiveAvatarError(f"viewers = {self.viewers} must be at least 0")
         ice.check(self)
-        if bool(self.certificate) != bool(self.certificate_key):
-            raise LiveAvatarError("certificate and certificate_key go together; set both")
+        for names in (("certificate", "certificate_key"), ("tls_certificate", "tls_key")):
+            if len({bool(getattr(self, name)) for name in names}) > 1:
+                raise LiveAvatarError(f"{' and '.join(names)} go together; set both")
         if not 0 <= self.port < 65536:
             raise LiveAvatarError(f"port = {self.port} must lie in 0..65535")
         if not self.keys and not self.loopback:
@@ -99,8 +118,19 @@ class Settings:
         if self.engine == "mock":
             return ["--mock", "--slots", str(self.slots)]
         words = ["--slots", str(self.slots), "--size", self.size]
-        words += ["--weights", self.weights] if self.weights else []
-        return words + (["--device", self.device] if self.device else [])
+        for name in ("weights", "device", "mesh", "fake_devices", "quantise"):
+            if value := getattr(self, name):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
+
+    def sees(self, worker: int) -> dict[str, str]:
+        """Variables of an engine that show it its own devices alone."""
+        count = len(self.devices) // self.workers
+        own = ",".join(self.devices[worker * count :][:count])
+        # libtpu wants to know, too, that each process is a slice of its own.
+        alone = {"TPU_VISIBLE_CHIPS": own, "TPU_PROCESS_BOUNDS": "1,1,1",
+                 "TPU_CHIPS_PER_PROCESS_BOUNDS": f"1,{count},1"}  # fmt: skip
+        return {"CUDA_VISIBLE_DEVICES": own} | alone if own else {}
 
 
 def read(

@@ -1,7 +1,8 @@
 """A session over a WebSocket: sound in, events both ways, and frames with their sound out.
 
 In    binary: u32 epoch, u32 sequence number, little-endian PCM16 at the agreed rate
-      text:   audio.append {audio: base64}, audio.end, audio.clear, session.update {prompt}, ping
+      text:   audio.append {audio: base64}, audio.end, audio.clear, ping,
+              session.update {prompt, idle}
 Out   text:   events, see README
       binary: u32 epoch, u32 first sample, u32 bytes of the picture, JPEG, PCM16 at 16 kHz; a frame
               and its samples are one message. With media=mp4: pieces of a fragmented MP4.
@@ -15,13 +16,13 @@ import contextlib
 import json
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import soxr
 from fastapi import WebSocket, WebSocketDisconnect
 
-from serve.clock import Shown
+from serve.clock import Idle, Shown
 from serve.pictures import Movie, jpeg
 from serve.session import REASONS, Problem, Session
 from serve.wire import FPS, RATE
@@ -220,12 +221,21 @@ class Socket:
         self.tell({"type": "pong", "id": name[:64] if isinstance(name, str) else name})
 
     def _update(self, said: dict[str, Any]) -> None:
-        prompt = said.get("prompt")
-        prompt = prompt if isinstance(prompt, str) else ""
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:  # half of a pair, which no tokenizer takes
-            prompt = ""
-        if not 0 < len(prompt) <= CHARACTERS:
+        prompt, idle = said.get("prompt"), said.get("idle")
+        if prompt is idle is None:
+            raise Mistake("session.update has a prompt, or idle, or both")
+        if idle is not None and idle not in get_args(Idle):
+            raise Mistake(f"idle is one of {', '.join(get_args(Idle))}")
+        if prompt is not None and not _readable(prompt):
             raise Mistake(f"prompt is a text of 1 to {CHARACTERS} characters")
-        self._session.change(prompt)
+        self._session.change(prompt, idle)
+
+
+def _readable(prompt: Any) -> bool:
+    if not isinstance(prompt, str) or not 0 < len(prompt) <= CHARACTERS:
+        return False
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # half of a pair, which no tokenizer takes
+        return False
+    return True

@@ -5,7 +5,7 @@ shapes of its arrays, and the arrays' bytes after it. No pickle: whoever writes 
 say these messages, with fields of these kinds, and nothing more.
 
     front -> engine   Open, Hear, Clear, Change, Close, Ping
-    engine -> front   Progress, Ready, Opened, Block, Failed, Closed, Pong
+    engine -> front   Progress, Ready, Opened, Changed, Block, Failed, Closed, Pong
 """
 
 import dataclasses
@@ -94,7 +94,8 @@ class Progress:
 class Ready:
     """Compiled and warm. frames: of a block. ahead: samples after a block that it is made from.
     delay: blocks in flight before the first one comes out. together: whether the blocks of all
-    slots take no longer than that of one."""
+    slots take no longer than that of one. compiling: seconds that it took; cached: programs that
+    came from the cache instead."""
 
     model: str
     width: int
@@ -104,6 +105,8 @@ class Ready:
     ahead: int
     delay: int
     together: bool = False
+    compiling: float = 0.0
+    cached: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +115,19 @@ class Opened:
 
 
 @dataclasses.dataclass(frozen=True)
+class Changed:
+    """The prompt is another one from the block on whose first sample in its epoch is `first`."""
+
+    session: str
+    epoch: int
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """Frames [F, H, W, 3], uint8, of samples first, first + 640, ... of an epoch. seconds: what
-    it took, by stage: make (its part of it, if blocks are not made together), and send, of the
-    block before."""
+    it took, by stage: make (its part of it, if blocks are not made together), of that audio,
+    denoise and vae where they are apart, and send, of the block before."""
 
     session: str
     epoch: int
@@ -139,11 +151,14 @@ class Closed:
 
 @dataclasses.dataclass(frozen=True)
 class Pong:
+    """memory: bytes in use, by device."""
+
     number: int
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 ToEngine = Open | Hear | Clear | Change | Close | Ping
-ToFront = Progress | Ready | Opened | Block | Failed | Closed | Pong
+ToFront = Progress | Ready | Opened | Changed | Block | Failed | Closed | Pong
 Message = ToEngine | ToFront
 KINDS = {kind.__name__: kind for kind in get_args(Message)}
 FIELDS = {name: get_type_hints(kind) for name, kind in KINDS.items()}

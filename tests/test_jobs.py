@@ -16,8 +16,9 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from liveavatar_jax.data import marks
 from liveavatar_jax.types import LiveAvatarError
-from serve import front, jobs, marks
+from serve import front, jobs
 from serve.jobs import Jobs
 from serve.settings import Settings
 
@@ -61,8 +62,15 @@ async def finished(known: httpx.AsyncClient, name: str) -> dict:
 
 
 def test_a_portrait_and_a_recording_become_a_video(tmp_path):
+    """Which says that it was made, in its corner and in its file."""
+    c2pa = pytest.importorskip("c2pa")
+    (operator := tmp_path / "operator").mkdir()
+    certificate, key = map(str, chain(operator))
+    settings = Settings(engine="mock", jobs=str(tmp_path), badge=True, certificate=certificate,
+                        certificate_key=key)  # fmt: skip
+
     async def run() -> None:
-        async with client(Settings(engine="mock", jobs=str(tmp_path))) as known:
+        async with client(settings) as known:
             files = {"audio": ("a.wav", sound(0.6)), "input_reference": ("p.png", picture())}
             asked = await known.post("/v1/videos", files=files, data={"prompt": "Someone smiles."})
             assert asked.status_code == 200, asked.text
@@ -75,7 +83,15 @@ def test_a_portrait_and_a_recording_become_a_video(tmp_path):
             video = await known.get(f"/v1/videos/{job['id']}/content")
             assert video.headers["content-type"] == "video/mp4"
             with av.open(io.BytesIO(video.content)) as file:
-                assert sum(1 for _ in file.decode(video=0)) == 15
+                shown = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+            assert len(shown) == 15
+            mark = marks.badge(np.full_like(shown[0], 128))
+            corner = np.any(mark != 128, axis=-1)
+            assert all(np.abs(frame[corner] - mark[corner].astype(int)).mean() < 20
+                       for frame in shown)  # fmt: skip
+            (at := tmp_path / "got.mp4").write_bytes(video.content)
+            with c2pa.Reader(str(at)) as reader:
+                assert "trainedAlgorithmicMedia" in reader.json()
             # no face and no voice is kept
             kept = {path.name for path in (tmp_path / job["id"]).iterdir()}
             assert kept == {"job.json", "video.mp4"}

@@ -47,7 +47,7 @@ class Clock:
 class Numbers:
     """A `Maker` of pictures that say their epoch and number."""
 
-    left = 0
+    left, took = 0, {}
     ready = Ready("numbers", 8, 256, 1, 12, 2000, 0)  # speech begins within a frame
 
     def open(self, slot, picture, prompt, seed):
@@ -55,6 +55,9 @@ class Numbers:
 
     def close(self, slot):
         pass
+
+    def memory(self):
+        return {}
 
     def make(self, windows):
         return {slot: np.stack([self._draw(window, i) for i in range(12)])

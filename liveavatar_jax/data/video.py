@@ -8,7 +8,7 @@ fragment reaches the disk, so what is there plays even after a hard kill or on a
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import chain, repeat
@@ -43,6 +43,7 @@ class VideoWriter:
 
     size: rows and columns of the frames; the video's are `scale` times these. pixels: yuv420p
     plays anywhere and halves the resolution of colours; yuv444p keeps it, as tiny pictures need.
+    mark: draws into each frame of the video.
 
     Raises LiveAvatarError for odd sizes, for a path that cannot be written, for sound that
     cannot be read, and when the disk is full; then the whole fragments written so far remain as
@@ -59,11 +60,12 @@ class VideoWriter:
         crf: int = 18,
         scale: int = 1,
         pixels: str = "yuv420p",
+        mark: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         if size[0] % 2 or size[1] % 2 or min(size) < 2:
             raise LiveAvatarError(f"video of {size[1]}x{size[0]} pixels must have even sides")
         self.path, self.size, self.fps, self.crf = Path(path), size, Fraction(fps), crf
-        self.scale, self.pixels = scale, pixels
+        self.scale, self.pixels, self.mark = scale, pixels, mark
         self.frames = 0  # written so far
         self._container: OutputContainer | None = None
         self._sound = _SoundTrack(audio) if audio is not None else None
@@ -107,6 +109,7 @@ class VideoWriter:
         if self.scale != 1:  # before the colours lose half of their places
             wide = self.size[1] * self.scale, self.size[0] * self.scale
             image = np.asarray(Image.fromarray(image).resize(wide, Image.Resampling.LANCZOS))
+        image = image if self.mark is None else self.mark(image)
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
         frame = frame.reformat(format=self.pixels, dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.frames, 1 / self.fps

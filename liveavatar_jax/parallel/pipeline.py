@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 
 from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig
-from liveavatar_jax.models.attention import ONE_DEVICE, Layout
+from liveavatar_jax.models.attention import KV, ONE_DEVICE, Layout
 from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.vae import FeatureCache
 from liveavatar_jax.parallel import mesh, stages
@@ -187,10 +187,7 @@ class Pipeline:
                 f"takes {self.shapes.session.first.shape}, as its `portrait` makes it"
             )
         bare = dataclasses.replace(portrait, decoder=None)
-        missing = max(0, self.cfg.dit.text_len - context.shape[1])
-        # One length and one dtype: else each is a program of its own.
-        context = np.pad(np.asarray(context, np.float32), ((0, 0), (0, missing), (0, 0)))
-        given = self._everywhere((bare, context, key, speakers))
+        given = self._everywhere((bare, self._padded(context), key, speakers))
         with jax.set_mesh(self.meshes.stages):
             session = self._start(model.stages, *given)
         decoder = self._copy(portrait.decoder) if self.decodes else None
@@ -245,6 +242,18 @@ class Pipeline:
         if self.decodes:
             decoder = self._insert_decoder(decoder, session.decoder, at)
         return PipelineState(stages=own, flight=flight, decoder=decoder)
+
+    def text(self, model: Placed, context: Float[Any, "1 t k"]) -> KV:
+        """Another prompt for `retell`, which belongs to no stream yet."""
+        with jax.set_mesh(self.meshes.stages):
+            return self._text(model.stages, self._everywhere(self._padded(context)))
+
+    def retell(self, state: PipelineState, text: KV, row: int, stage: int) -> PipelineState:
+        """A row has another prompt on one stage. Before the tick at which a block enters: the first
+        stage; before the one after it: the second. So each block keeps the prompt that it entered
+        with. Donates `state`."""
+        told = self._retell(state.stages.text, text, np.int32(row), np.int32(stage))
+        return dataclasses.replace(state, stages=dataclasses.replace(state.stages, text=told))
 
     def step(
         self, model: Placed, state: PipelineState, chunk: Chunk | None
@@ -333,6 +342,8 @@ class Pipeline:
         once = jax.tree.map(lambda _: alone, shapes.flight)
         self._warm = program(stages.warm, (session, once), 1, layout=self.opening)
         self._insert = program(stages.insert, (state, flight), 0, 1)
+        self._text = program(stages.text, session.text)
+        self._retell = program(stages.retell, state.text, 0)
         empty = lambda: stages.zeros((shapes.stages, shapes.flight))
         self._empty = program(empty, (state, flight))
 
@@ -348,6 +359,11 @@ class Pipeline:
             lambda: stages.zeros(shapes.decoder[self.rows]), places[self.rows]
         )
         self._insert_decoder = program(stages.insert_decoder, places[self.rows], 0)
+
+    def _padded(self, context: Float[Any, "1 t k"]) -> np.ndarray:
+        """One length and one dtype: else each is a program of its own."""
+        missing = max(0, self.cfg.dit.text_len - context.shape[1])
+        return np.pad(np.asarray(context, np.float32), ((0, 0), (0, missing), (0, 0)))
 
     def _everywhere(self, tree: Any) -> Any:
         whole = NamedSharding(self.meshes.stages, P())

@@ -12,7 +12,7 @@ from flax import nnx
 
 from liveavatar_jax import stream
 from liveavatar_jax.config import ModelConfig
-from liveavatar_jax.models.attention import KVCache, Layout
+from liveavatar_jax.models.attention import KV, KVCache, Layout
 from liveavatar_jax.models.condition import MOTION_FRAMES
 from liveavatar_jax.models.vae import FeatureCache
 from liveavatar_jax.parallel.mesh import STAGE
@@ -72,6 +72,22 @@ def insert(
     others = jnp.arange(flight.live.shape[1]) != row
     flight = dataclasses.replace(flight, live=flight.live & others[None])
     return jax.tree.map(put, ROWS, stages, session), flight
+
+
+def text(model: Avatar, context: Array) -> KV:
+    return model.dit.text(context.astype(model.cfg.dtype))
+
+
+def retell(old: KV, new: KV, row: Array, stage: Array) -> KV:
+    """`old` leads with the stages and has the rows third; `new` is of one row."""
+
+    def put(old: Array, new: Array) -> Array:
+        every = jnp.broadcast_to(new[None], (len(old), *new.shape))
+        told = jax.lax.dynamic_update_slice_in_dim(old, every, row, 2)
+        here = (jnp.arange(len(old)) == stage).reshape(-1, *(1,) * (old.ndim - 1))
+        return jnp.where(here, told, old)
+
+    return jax.tree.map(put, old, new)
 
 
 def split(avatar: Avatar) -> tuple[Avatar, Avatar]:

@@ -1,9 +1,12 @@
 """What says that a picture was made: a signed C2PA manifest in files, and a badge in frames."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -13,11 +16,11 @@ from liveavatar_jax.types import LiveAvatarError
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
-def sign(path: Path, certificate: Path, key: Path) -> None:
-    """Signs a file in place: made by a trained model, with the operator's chain of certificates
-    (PEM, own one first) and ES256 key.
+@contextlib.contextmanager
+def signer(certificate: Path, key: Path) -> Iterator[Any]:
+    """Of the operator's chain of certificates (PEM, own one first) and ES256 key.
 
-    Raises LiveAvatarError where c2pa-python or the certificate will not.
+    Raises LiveAvatarError where c2pa-python or the certificate will not, also within.
     """
     try:
         import c2pa
@@ -25,6 +28,21 @@ def sign(path: Path, certificate: Path, key: Path) -> None:
         raise LiveAvatarError(
             "files are signed with c2pa-python; install the extra serve"
         ) from None
+    try:
+        given = c2pa.C2paSignerInfo(
+            alg=b"es256", sign_cert=certificate.read_bytes(), private_key=key.read_bytes(),
+            ta_url=None,
+        )  # fmt: skip
+        with c2pa.Signer.from_info(given) as made:
+            yield made
+    except OSError as error:
+        raise LiveAvatarError(f"cannot sign: {error.strerror}, {error.filename}") from None
+    except c2pa.C2paError as error:
+        raise LiveAvatarError(f"the certificate in {certificate} cannot sign: {error}") from None
+
+
+def sign(path: Path, certificate: Path, key: Path) -> None:
+    """Signs a file in place: made by a trained model. Raises LiveAvatarError as `signer`."""
     manifest = {
         "claim_generator_info": [{"name": "liveavatar-jax"}],
         "title": path.name,
@@ -35,17 +53,12 @@ def sign(path: Path, certificate: Path, key: Path) -> None:
     }  # fmt: skip
     draft = path.with_name(f"signed-{path.name}")
     try:
-        given = c2pa.C2paSignerInfo(
-            alg=b"es256", sign_cert=certificate.read_bytes(), private_key=key.read_bytes(),
-            ta_url=None,
-        )  # fmt: skip
-        with c2pa.Signer.from_info(given) as signer, c2pa.Builder(json.dumps(manifest)) as builder:
-            builder.sign_file(str(path), str(draft), signer)
-        os.replace(draft, path)
-    except OSError as error:
-        raise LiveAvatarError(f"cannot sign: {error.strerror}, {error.filename}") from None
-    except c2pa.C2paError as error:
-        raise LiveAvatarError(f"the certificate in {certificate} cannot sign: {error}") from None
+        with signer(certificate, key) as signing:
+            import c2pa
+
+            with c2pa.Builder(json.dumps(manifest)) as builder:
+                builder.sign_file(str(path), str(draft), signing)
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
