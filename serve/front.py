@@ -134,7 +134,8 @@ class Front:
         """For ever. If a part of it fails, the rest ends with it, and `/livez` says so."""
         try:
             async with asyncio.TaskGroup() as group:
-                for job in (self.sessions.run(), self.jobs.run(), self._beat()):
+                parts = (self.sessions, self.jobs, self.rtc)
+                for job in (*(part.run() for part in parts), self._beat()):
                     group.create_task(job)
         except Exception:
             log.exception("the server cannot go on")

@@ -69,11 +69,15 @@ def jpeg(frame: np.ndarray, quality: int = 88) -> bytes:
 
 
 class Movie:
-    """Frames and their sound as a fragmented MP4 (H.264, AAC), piece by piece."""
+    """Frames and their sound as a fragmented MP4 (H.264, AAC), piece by piece. Times go on from
+    `frames`, so one may follow another in a stream; two are left for AAC, which begins early."""
 
-    def __init__(self, height: int, width: int):
+    def __init__(self, height: int, width: int, frames: int = 2):
         self._out = _Bytes()
-        options = {"movflags": "empty_moov+default_base_moof", "frag_duration": str(FRAGMENT)}
+        options = {
+            "movflags": "empty_moov+default_base_moof+frag_discont", "avoid_negative_ts":
+            "disabled", "frag_duration": str(FRAGMENT),
+        }  # fmt: skip
         self._file = av.open(self._out, "w", format="mp4", options=options)
         video = self._file.add_stream("libx264", rate=FPS)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -81,19 +85,23 @@ class Movie:
         audio = self._file.add_stream("aac", rate=RATE)
         audio.layout = "mono"
         video.time_base, audio.time_base = Fraction(1, FPS), Fraction(1, RATE)
-        self._video, self._audio, self._frames = video, audio, 0
+        self._video, self._audio, self.frames = video, audio, frames
 
     def add(self, frame: np.ndarray, samples: np.ndarray) -> bytes:
         """What there is to send after this frame; often nothing."""
         picture = av.VideoFrame.from_ndarray(frame, "rgb24")
-        picture.pts = self._frames
+        picture.pts = self.frames
         sound = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
-        sound.sample_rate, sound.pts = RATE, self._frames * len(samples)
+        sound.sample_rate, sound.pts = RATE, self.frames * len(samples)
         sound.time_base = Fraction(1, RATE)
         self._file.mux(self._video.encode(picture))
         self._file.mux(self._audio.encode(sound))
-        self._frames += 1
+        self.frames += 1
         return self._out.take()
+
+    def again(self) -> "Movie":
+        """The next one, without what this one holds back."""
+        return Movie(self._video.height, self._video.width, self.frames)
 
 
 class _Bytes:

@@ -50,6 +50,7 @@ PACKET = RATE // 50  # samples of a packet of sound; of a longer frame all would
 STILL = 6  # frames by which stamps may be behind the clock; more is a picture that stood still
 CONNECTS = 20.0  # seconds that a call may take until it is connected
 HOLE = 2.0  # seconds of lost sound that are filled with silence, at most
+LOOKS = 5.0  # seconds between two looks at how calls fare
 
 
 class Out(MediaStreamTrack):
@@ -61,6 +62,7 @@ class Out(MediaStreamTrack):
         self._waiting: collections.deque[tuple[Shown, int]] = collections.deque()
         self._more = asyncio.Event()
         self.dropped = 0
+        self.taken: tuple[int, float] = 0, 0.0  # the place of what was sent last, and when
 
     def put(self, shown: Shown, at: int) -> None:
         """`at`: samples since the call began."""
@@ -80,6 +82,7 @@ class Out(MediaStreamTrack):
             self._more.clear()
             await self._more.wait()
         shown, at = self._waiting.popleft()
+        self.taken = at, asyncio.get_running_loop().time()
         if self.kind == "audio":
             if len(shown.samples) > PACKET:
                 rest = dataclasses.replace(shown, samples=shown.samples[PACKET:])
@@ -163,6 +166,13 @@ class Call:
             self._at += (1 + (behind if behind > STILL else 0)) * PER_FRAME
         for track in (self._video, self._audio):
             track.put(shown, self._at)
+        self._session.skew = self.skew
+
+    @property
+    def skew(self) -> float:
+        """Seconds by which pictures go to the encoder after their sound."""
+        (seen, then), (heard, when) = self._video.taken, self._audio.taken
+        return (then - when) - (seen - heard) / RATE
 
     def tell(self, event: dict[str, Any]) -> None:
         pass  # events come over the WebSocket
@@ -237,6 +247,20 @@ class Call:
         if self.peer.connectionState != "connected":
             self.close("left")
 
+    async def look(self) -> None:
+        """How it fares, for the metrics."""
+        if self.peer.connectionState != "connected":
+            return
+        metrics = self._session.metrics
+        metrics.skew.observe(self.skew)
+        for told in (await self.peer.getStats()).values():
+            if told.type == "remote-inbound-rtp" and told.kind == "video":
+                metrics.loss.labels("out").observe(told.fractionLost)
+                if told.roundTripTime is not None:
+                    metrics.rtt.observe(told.roundTripTime)
+            elif told.type == "inbound-rtp" and (sent := told.packetsReceived + told.packetsLost):
+                metrics.loss.labels("in").observe(max(0, told.packetsLost) / sent)
+
     async def _changed(self) -> None:
         if self.peer.connectionState in ("failed", "closed", "disconnected"):
             await self.hang_up()
@@ -284,6 +308,16 @@ class Calls:
         if call is None or call._gone or call._session.id != session:
             raise Problem(404, "no-such-call", "there is no call of this id any more")
         return call
+
+    async def run(self) -> None:
+        """Looks at all of them, for ever."""
+        while True:
+            await asyncio.sleep(LOOKS)
+            for call in list(self._calls.values()):
+                try:
+                    await call.look()
+                except Exception:  # as of a call that ends meanwhile; no look is worth a server
+                    log.debug("a call could not be looked at", exc_info=True)
 
     async def close(self) -> None:
         await asyncio.gather(*(call.hang_up() for call in self._calls.values()))

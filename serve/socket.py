@@ -5,7 +5,8 @@ In    binary: u32 epoch, u32 sequence number, little-endian PCM16 at the agreed 
               session.update {prompt, idle}
 Out   text:   events, see README
       binary: u32 epoch, u32 first sample, u32 bytes of the picture, JPEG, PCM16 at 16 kHz; a frame
-              and its samples are one message. With media=mp4: pieces of a fragmented MP4.
+              and its samples are one message. With media=mp4: pieces of a fragmented MP4, which
+              begins again with each epoch, its times going on.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import collections
 import contextlib
 import json
 import struct
+import time
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -52,7 +54,7 @@ class Socket:
         self._resample = None if rate == RATE else soxr.ResampleStream(rate, RATE, 1, "int16")
         self._out: collections.deque[Shown | str] = collections.deque()
         self._frames = self._mistakes = 0
-        self._epoch = session.timeline.epoch
+        self._epoch = self._filmed = session.timeline.epoch
         self._more = asyncio.Event()
         self._end: str | None = None
 
@@ -128,13 +130,17 @@ class Socket:
 
     async def _encoded(self, shown: Shown) -> bytes:
         """Empty where there is nothing to send: of an older epoch by now, or held by the muxer."""
+        begun = time.monotonic()
         if self._movie is not None:
+            if shown.epoch != self._filmed:  # what the muxer holds is of an older one
+                self._movie, self._filmed = self._movie.again(), shown.epoch
             piece = await asyncio.to_thread(self._movie.add, shown.frame, shown.samples)
         else:
             piece = await asyncio.to_thread(jpeg, shown.frame)
             head = FRAME.pack(shown.epoch & 0xFFFFFFFF, shown.first & 0xFFFFFFFF, len(piece))
             piece = head + piece + shown.samples.astype("<i2").tobytes()
-        return piece if shown.epoch == self._epoch or self._movie is not None else b""
+        self._session.metrics.block.labels("encode").observe(time.monotonic() - begun)
+        return piece if shown.epoch == self._epoch else b""
 
     async def _receive(self) -> None:
         try:

@@ -53,7 +53,7 @@ async def client(settings: Settings):
 
 
 async def finished(known: httpx.AsyncClient, name: str) -> dict:
-    for _ in range(1200):
+    for _ in range(3000):
         job = (await known.get(f"/v1/videos/{name}")).json()
         if job["status"] in ("completed", "failed"):
             return job

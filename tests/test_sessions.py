@@ -242,6 +242,31 @@ async def test_a_fragmented_mp4_plays_while_it_comes(tmp_path):
     assert abs(heard - times[np.argmax(opened > 0.5)]) <= 0.04
 
 
+@in_loop
+async def test_an_interrupted_mp4_holds_nothing_back_and_goes_on():
+    async with serving() as served:
+        async with joined(served, await served.create(), media="mp4") as line:
+            pieces = lambda: sum(isinstance(x, bytes) for x in line.came)
+            await line.say(tone(9.0))
+            await line.event("speech.started")
+            await line.until(lambda: pieces() >= 6)
+            await line.tell("audio.clear")
+            cleared = await line.event("audio.cleared")
+            await line.until(lambda had=pieces(): pieces() >= had + 6)
+            at = line.came.index(cleared)
+            parts = [[x for x in line.came[cut] if isinstance(x, bytes)]
+                     for cut in (slice(at), slice(at, None))]  # fmt: skip
+    times = []
+    for some, epochs in ((parts[0], {0}), (parts[1], {1}), (parts[0] + parts[1], {0, 1})):
+        with av.open(io.BytesIO(b"".join(some))) as file:
+            frames = list(file.decode(video=0))
+        tags = [mock.read(frame.to_ndarray(format="rgb24"))["epoch"] for frame in frames]
+        assert len(frames) > 20 and set(tags) == epochs and tags == sorted(tags)
+        times.append([float(frame.time) for frame in frames])
+    assert times[1][0] > times[0][-1] and times[2] == sorted(times[2])
+    assert len(times[2]) == len(times[0]) + len(times[1])
+
+
 # ---- what is refused, and how
 
 
