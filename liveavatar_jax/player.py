@@ -50,7 +50,7 @@ def load_avatar(folder: Path, cfg: ModelConfig, quantised: str | None = None) ->
 
 
 def opened(
-    model: stream.Avatar, picture: Float[Array, "1 H W 3"], context: Array, key: Array
+    model: stream.Avatar, picture: Float[Array, "b H W 3"], context: Array, key: Array
 ) -> stream.StreamState:
     """The state before the first block."""
     return stream.start(model, stream.encode_portrait(model, picture), context, key)

@@ -26,6 +26,7 @@ from liveavatar_jax.data.prompt import Tokenizer
 from liveavatar_jax.devices import prepare
 from liveavatar_jax.generate import ear
 from liveavatar_jax.models.attention import KVCache
+from liveavatar_jax.models.text import TextEncoder
 from liveavatar_jax.models.vae import VAE
 from liveavatar_jax.parallel.mesh import MeshSpec
 from liveavatar_jax.player import load, load_avatar, opened
@@ -49,7 +50,7 @@ class Streams:
         self.took: dict[str, float] = {}
         self._hops = [0] * slots
         self._moments = [speech.PRIOR] * slots
-        self.silence = np.zeros(self._window.samples, np.int16)
+        self.silence = Window("", 0, 0, np.zeros(self._window.samples, np.int16))
         self._features = (1, *self._hear(0, self.silence).shape)
 
     def told(self, name: str, size: tuple[int, int], compiled: "Compiled", delay: int = 0) -> Ready:
@@ -72,11 +73,11 @@ class Streams:
         """Nothing was heard there yet."""
         self._hops[slot], self._moments[slot] = 0, speech.PRIOR
 
-    def _hear(self, slot: int, samples: np.ndarray) -> np.ndarray:
+    def _hear(self, slot: int, window: Window) -> np.ndarray:
         """The features of a block, as `speech.listen` has them."""
-        sound = samples.astype(np.float32) / 32768
-        fresh = sound[self.left : self.left + speech.BLOCK_SAMPLES]
-        if float(np.mean(fresh**2)) > 1e-6:
+        sound = window.samples.astype(np.float32) / 32768
+        fresh = sound[-speech.BLOCK_SAMPLES if window.first else self.left :]
+        if float(np.mean(fresh.astype(np.float64) ** 2)) > 1e-6:
             self._moments[slot] = self._moments[slot].add(fresh)
         asked = self._window.ask(self._hops[slot], self._moments[slot])
         self._hops[slot] += 1
@@ -156,14 +157,14 @@ class Rows(Streams):
         one = self._open(self.avatar, given, self._prompt(prompt), jax.random.key(seed))
         self._state = self._insert(self._state, one, np.int32(slot))
         self._begin(slot)
-        self.make({slot: Window("", 0, 0, self.silence)})
+        self.make({slot: self.silence})
 
     def change(self, slot: int, prompt: str) -> None:
         self._state = self._retell(self.avatar, self._state, self._prompt(prompt), np.int32(slot))
 
     def make(self, windows: Mapping[int, Window]) -> Mapping[int, np.ndarray]:
         times = [time.monotonic()]
-        heard = {slot: self._hear(slot, window.samples) for slot, window in windows.items()}
+        heard = {slot: self._hear(slot, window) for slot, window in windows.items()}
         times.append(time.monotonic())
         state, flight = self._denoise(self.avatar, self._state, self._chunk(heard))
         jax.block_until_ready(flight)
@@ -184,12 +185,12 @@ class Rows(Streams):
         given = (self.avatar, picture, self._prompt(""), jax.random.key(0))
         self._open = jax.jit(opened).lower(*given).compile()
         report("compile", 0.5)
-        many = jnp.zeros((slots, *size, 3), cfg.stream.dtype)
-        context = jnp.repeat(given[2], slots, axis=0)
-        self._state = jax.jit(opened)(self.avatar, many, context, jax.random.key(0))
-        shape = jax.eval_shape(lambda: self._state)
-        report("compile", 0.6)
         one = jax.eval_shape(opened, *given)
+        many = jax.ShapeDtypeStruct((slots, *size, 3), picture.dtype)
+        context = jax.ShapeDtypeStruct((slots, *given[2].shape[1:]), given[2].dtype)
+        shape = jax.eval_shape(opened, self.avatar, many, context, given[3])
+        # Whatever stands in a row goes when one is opened in it.
+        self._state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
         at = np.int32(0)
         self._insert = jax.jit(_inserted, donate_argnums=0).lower(shape, one, at).compile()
         retell = jax.jit(_retold, donate_argnums=1)
@@ -235,6 +236,11 @@ def _retold(avatar: stream.Avatar, state: Any, context: Array, row: Array) -> An
     return dataclasses.replace(state, text=jax.tree.map(put, state.text, text))
 
 
+def _prompt_rows(encoder: TextEncoder, ids: Array, mask: Array) -> Array:
+    rows = encoder(ids, mask)
+    return rows * mask[..., None].astype(rows.dtype)
+
+
 class Prompt:
     """Rows of the text encoder, [1, text_len, k], zeros after the prompt: one shape for all."""
 
@@ -243,7 +249,7 @@ class Prompt:
         if (folder / TOKENIZER).is_file():
             self._tokenizer = Tokenizer(folder)
             self._encoder = load(folder, "text")
-            self._rows = jax.jit(lambda encoder, ids, mask: encoder(ids, mask) * mask[..., None])
+            self._rows = jax.jit(_prompt_rows)
 
     def __call__(self, prompt: str) -> Array:
         if self._tokenizer is None:

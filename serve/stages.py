@@ -55,7 +55,7 @@ class Stages(Streams):
         report("warm", 0.9)
         self.open(0, np.zeros((*size, 3), np.uint8), "", 0)
         self.change(0, "")
-        self.make({0: Window("", 0, 0, self.silence)})
+        self.make({0: self.silence})
         for _ in range(self.pipe.wait + self.pipe.delay + 2):
             self.make({})
         self.ready = self.told(folder.name, size, compiled, self.pipe.delay + 1)
@@ -93,7 +93,7 @@ class Stages(Streams):
     def make(self, windows: Mapping[int, Window]) -> Mapping[int, np.ndarray]:
         begun = time.monotonic()
         for slot, window in windows.items():
-            features = self._hear(slot, window.samples)
+            features = self._hear(slot, window)
             self._waiting[slot].append((features, self._prompts.pop(slot, None)))
         heard = {slot: self._next(slot) for slot in range(self.slots) if self._may_go(slot)}
         ears = time.monotonic()

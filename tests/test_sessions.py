@@ -172,6 +172,66 @@ async def test_any_agreed_rate_is_heard_whole():
 
 
 @in_loop
+async def test_a_session_is_as_it_was_asked_for():
+    async with serving(longest=100.0) as served:
+        told = await served.create(
+            size="256*256", input={"sample_rate": 24_000}, limits={"max_s": 50, "idle_s": 20},
+            metadata={"order": "7"}, transport="ws",
+        )  # fmt: skip
+        assert (told["input"], told["metadata"]) == ({"sample_rate": 24_000}, {"order": "7"})
+        assert (told["limits"]["max_s"], told["limits"]["idle_s"]) == (50, 20)
+        assert told["expires_at"] <= time.time() + 51
+        assert told["urls"]["whip"] == told["urls"]["rtc"] and "whep" in told["urls"]
+        async with joined(served, told) as line:
+            await line.say(tone(1.0, rate=24_000))
+            await line.tell("audio.end")
+            ended = await line.event("speech.ended")
+            assert abs(ended["played_ms"] - 1000) <= 40
+            assert line.events[0]["metadata"] == {"order": "7"}
+        for wrong, words in (
+            ({"size": "64*64"}, "size 64*64: this server is compiled for 256*256 alone"),
+            ({"limits": {"max_s": 101}}, "limits.max_s is at most 100 here"),
+            ({"input": {"sample_rate": 12_345}}, "input.sample_rate"),
+            ({"metadata": {"a": "b" * 513}}, "metadata.a"),
+        ):
+            refused = await served.http.post("/v1/sessions", json=wrong)
+            assert refused.status_code == 422 and words in refused.json()["detail"], refused.text
+
+
+@in_loop
+async def test_prompt_and_idle_change_at_the_edge_of_a_block():
+    async with serving() as served:
+        told = await served.create(prompt="One.")
+        async with joined(served, told) as line:
+            await line.say(tone(2.0))
+            await line.event("speech.started")
+            await line.tell("session.update", prompt="Two.")
+            now = await line.event("session.updated")
+            assert (now["prompt"], now["idle"]) == ("Two.", "generate")
+            block = told["block_ms"] * RATE // 1000
+            shown = line.frames[-1].first
+            assert now["at_sample"] % block == 0 and shown < now["at_sample"]
+            assert now["at_sample"] - shown <= (told["lookahead_blocks"] + 1) * block
+            await line.tell("audio.end")
+            await line.event("speech.ended")
+            await line.tell("session.update", idle="freeze")
+            now = await line.event("session.updated", 2)
+            assert (now["prompt"], now["idle"]) == ("Two.", "freeze")
+            have = len(line.frames)
+            await asyncio.sleep(2.0)
+            assert len(line.frames) - have <= 40  # what was made by then
+            await line.tell("session.update", prompt="Three.", idle="generate")
+            now = await line.event("session.updated", 3)
+            assert (now["prompt"], now["idle"]) == ("Three.", "generate")
+            await line.more(50)
+            for wrong in ({}, {"idle": "sleep"}, {"prompt": ""}, {"prompt": 7, "idle": "loop"}):
+                await line.tell("session.update", **wrong)
+            await line.event("error", 4)
+            shown = (await served.http.get(told["urls"]["session"])).json()
+            assert shown["prompt"] == "Three."
+
+
+@in_loop
 async def test_sound_in_base64_is_heard_as_well():
     import base64
 
@@ -252,7 +312,8 @@ async def test_an_interrupted_mp4_holds_nothing_back_and_goes_on():
             await line.until(lambda: pieces() >= 6)
             await line.tell("audio.clear")
             cleared = await line.event("audio.cleared")
-            await line.until(lambda had=pieces(): pieces() >= had + 6)
+            had = pieces()
+            await line.until(lambda: pieces() >= had + 6)
             at = line.came.index(cleared)
             parts = [[x for x in line.came[cut] if isinstance(x, bytes)]
                      for cut in (slice(at), slice(at, None))]  # fmt: skip
@@ -976,10 +1037,16 @@ async def test_metrics_say_what_happened():
             "la_turn_latency_seconds_count 1.0", "la_first_frame_seconds_count 1.0",
             "la_clear_latency_seconds_count 1.0", 'la_block_seconds_count{stage="make"}',
             "la_frames_total", "la_stall_seconds_total", "la_input_gap_seconds_total",
-            "la_buffer_seconds", "la_engine_restarts_total 0.0", "la_engine_ready 1.0",
+            'la_buffer_seconds{where="picture"}', 'la_buffer_seconds{where="engine"}',
+            "la_engine_restarts_total 0.0", "la_engine_ready 1.0", "la_realtime_factor",
+            "la_output_fps", "la_av_skew_seconds_bucket", "la_rtc_rtt_seconds_bucket",
+            "la_rtc_loss_ratio", "la_compile_seconds", "la_compile_cache_hits_total",
+            "la_device_memory_bytes", 'la_block_seconds_count{stage="encode"}',
+            'la_block_seconds_count{stage="publish"}',
             "la_session_seconds_bucket", "la_frames_dropped_total", "la_session_ends_total",
         ):  # fmt: skip
             assert name in text, name
+        assert 15 < served.counted("la_output_fps") < 35
         assert told["id"] not in text  # nor who it was
 
 
