@@ -224,6 +224,15 @@ async def test_what_is_said_into_a_call_comes_out_of_the_face():
                 mock.opening(x) > 0.5 for _, x in browser.pictures[-5:]))  # fmt: skip
             have = len(browser.pictures)
             await until(lambda: len(browser.pictures) > have + 35)
+            (call,) = served.front.rtc._calls.values()
+            while not served.counted("la_rtc_rtt_seconds_count"):  # receivers report at times
+                await call.look()
+                await asyncio.sleep(0.1)
+            stats = served.session(told).stats()
+        assert served.counted("la_rtc_rtt_seconds_sum") < served.counted("la_rtc_rtt_seconds_count")
+        assert served.counted("la_rtc_loss_ratio_count", way="in") > 0
+        assert served.counted("la_rtc_loss_ratio_count", way="out") > 0
+        assert served.counted("la_av_skew_seconds_count") > 0 and abs(stats["skew_ms"]) < 500
         assert ended["played_ms"] >= 900
         # Whose frames these are; stamps go on as the count in the frames does.
         pictures = [(pts, mock.read(x), mock.opening(x)) for pts, x in browser.pictures]

@@ -1,6 +1,7 @@
 """How sessions go and why they end, in a loop whose time costs nothing."""
 
 import asyncio
+import dataclasses
 import functools
 import selectors
 from collections.abc import AsyncIterator, Callable
@@ -70,6 +71,18 @@ class Slow(Near):
         loop.call_at(self._free, self.hear, message)
 
 
+class Piped(Slow):
+    """A pipeline: a block may go in each so many seconds, and comes out `delay` ticks later."""
+
+    def _say(self, message: Any) -> None:
+        loop, ready = asyncio.get_running_loop(), self.maker.ready
+        if isinstance(message, Block):
+            self._free = max(self._free, loop.time()) + self.seconds
+            loop.call_at(self._free + ready.delay * self.seconds, self.hear, message)
+        else:
+            loop.call_soon(self.hear, message)
+
+
 class Watcher:
     """A viewer that keeps what it is told, and when."""
 
@@ -111,10 +124,12 @@ def in_no_time(test: Callable) -> Callable:
 
 @asynccontextmanager
 async def opened(
-    seconds: float = 0.0, slots: int = 1, **limits: Any
+    seconds: float = 0.0, slots: int = 1, delay: int = 0, **limits: Any
 ) -> AsyncIterator[tuple[Sessions, Callable]]:
-    near = type("Near", (Slow,), {"seconds": seconds})
-    workers = [functools.partial(near, maker=Blank(slots))]
+    near = type("Near", (Piped if delay else Slow,), {"seconds": seconds})
+    maker = Blank(slots)
+    maker.ready = dataclasses.replace(maker.ready, delay=delay)
+    workers = [functools.partial(near, maker=maker)]
     sessions = Sessions(workers, Limits(**limits), Metrics(), LoopClock())
     running = asyncio.create_task(sessions.run())
 
@@ -341,6 +356,27 @@ async def test_a_slow_engine_is_asked_sooner(monkeypatch, seconds):
         assert 0.08 + 1.5 * seconds == pytest.approx(session.timeline.margin, abs=0.05)
         times = [time for time, _ in watcher.shown if time > 10]
         np.testing.assert_allclose(np.diff(times), 1 / FPS, atol=1e-6)
+
+
+@in_no_time
+async def test_a_pipeline_is_asked_so_soon_that_nothing_stalls(monkeypatch):
+    """Four stages of 0.3 s, and the frames of a tick are fetched in the next one."""
+    async with opened(seconds=0.3, delay=4) as (_, create):
+        session, watcher = await create()
+        turns = []
+        for pause in (10, 5, 20):
+            await asyncio.sleep(pause)
+            before = session.stalls
+            session.speak(tone(3.0))
+            session.end()
+            await asyncio.sleep(8)
+            turns.append(session.turns[-1])
+            assert session.stalls == before
+        times = [time for time, _ in watcher.shown if time > 10]
+        np.testing.assert_allclose(np.diff(times), 1 / FPS, atol=1e-6)
+        through = 5 * 0.3
+        assert session.timeline.margin == pytest.approx(0.08 + 1.2 * through, abs=0.4)
+        assert max(turns) <= through + session.timeline.margin + BLOCK
 
 
 @in_no_time
