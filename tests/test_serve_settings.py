@@ -1,5 +1,7 @@
 """What an operator says is understood, or refused by its name."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -8,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from liveavatar_jax.types import LiveAvatarError
+from serve.__main__ import Server
+from serve.link import Link
 from serve.settings import PREFIX, Settings, read
+
+from .test_jobs import chain as certified
 
 
 @pytest.fixture
@@ -73,6 +79,16 @@ def test_lists_are_split_at_commas():
         (["--grace", "inf"], {}, None, "grace = inf must be above 0, and finite"),
         (["--port", "65536"], {}, None, "port = 65536 must lie in 0..65535"),
         (["--certificate", "a.pem"], {}, None, "certificate and certificate_key go together"),
+        (["--tls-key", "a.pem"], {}, None, "tls_certificate and tls_key go together"),
+        (["--quantise", "4bit"], {}, None, "quantise = '4bit' must be int8 or fp8"),
+        (["--fake-devices", "-1"], {}, None, "fake_devices = -1 must be at least 0"),
+        (["--devices", "0,one"], {}, None, "devices = 'one' must be numbers"),
+        (
+            ["--devices", "0,1,2", "--workers", "2"],
+            {},
+            None,
+            "devices = 0,1,2 cannot be shared out evenly over 2 workers",
+        ),
         (["--host", "0.0.0.0"], {}, None, "host = 0.0.0.0 lets others in; set keys"),
         ([], {PREFIX + "HOST": "::"}, None, "host = :: lets others in"),
         ([], {}, 'host = "avatar.example"', "host = avatar.example lets others in"),
@@ -122,3 +138,34 @@ def test_no_text_is_more_than_refused(name, text):
         read([], {PREFIX + name: text})
     except LiveAvatarError as error:
         assert name.lower() in str(error).lower()
+
+
+def test_each_engine_sees_its_own_devices_alone():
+    said = read(["--workers", "2", "--devices", "4,5,6,7"], {})
+    assert [said.sees(number)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["4,5", "6,7"]
+    assert said.sees(1)["TPU_VISIBLE_CHIPS"] == "6,7"
+    link = Link(["x"], print, print, sees=said.sees(1))
+    assert link.environment["CUDA_VISIBLE_DEVICES"] == "6,7" and "PATH" in link.environment
+    assert read([], {}).sees(0) == {}
+
+
+def test_an_engine_is_told_what_it_runs_on():
+    words = "--mesh stage=4,vae=1 --fake-devices 5 --quantise int8 --weights w".split()
+    assert (
+        read(words, {}).command()
+        == (
+            "--slots 1 --size 720*400 --weights w --mesh stage=4,vae=1 --fake-devices 5 --quantise int8"
+        ).split()
+    )
+
+
+def test_a_page_over_https_has_a_certificate_and_its_key(tmp_path):
+    pytest.importorskip("cryptography")
+    chain, key = map(str, certified(tmp_path))
+    pair = Settings(engine="mock", tls_certificate=chain, tls_key=key)
+    (config := Server(pair).config).load()
+    assert config.is_ssl and config.ssl is not None
+    for wrong, words in ((key, "pem"), (str(tmp_path / "none"), "no such file")):
+        bad = dataclasses.replace(pair, tls_certificate=wrong)
+        with pytest.raises(LiveAvatarError, match=words):
+            Server(bad)
