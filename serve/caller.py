@@ -1,7 +1,7 @@
 """One who calls: speaks in turns over the public WebSocket, and notes what comes back, and when.
 
 Speech is sent in real time, in pieces of 20 ms, and has no sample that is 0; so what of it a frame
-holds can be counted, and each frame tells how long ago its last sample was sent.
+holds can be counted, and each frame tells how long ago its first sample was sent.
 """
 
 import asyncio
@@ -158,8 +158,7 @@ class Caller:
                 self._turn = None
         if self._turn is None or not (count := np.count_nonzero(samples)):
             return
-        self._heard += count
-        piece = (self._heard - 1) // PIECE
+        piece, self._heard = self._heard // PIECE, self._heard + count
         if STEADY * 50 < piece < len(self._turn.sent):
             self._turn.middle.append(now - self._turn.sent[piece])
 
