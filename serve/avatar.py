@@ -54,10 +54,16 @@ class Streams:
         self._features = (1, *self._hear(0, self.silence).shape)
 
     def told(self, name: str, size: tuple[int, int], compiled: "Compiled", delay: int = 0) -> Ready:
+        begun = time.monotonic()
+        self.open(0, np.zeros((*size, 3), np.uint8), "", 0)
         return Ready(
             name, size[1], size[0], self.slots, self.cfg.block, self._window.ahead, delay,
-            together=True, compiling=compiled.seconds, cached=compiled.cached,
+            together=True, opening=time.monotonic() - begun, compiling=compiled.seconds,
+            cached=compiled.cached,
         )  # fmt: skip
+
+    def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None:
+        raise NotImplementedError
 
     def close(self, slot: int) -> None:
         pass  # the row rests until the next stream takes it

@@ -164,7 +164,8 @@ class Jobs:
         words = ["generate", "--image", at / "portrait.png", "--audio", at / "recording",
                  "--prompt", job.prompt, "--seed", job.seed, "--out", at / "draft.mp4"]  # fmt: skip
         settings = self._settings
-        for name in ("weights", "device", "certificate", "certificate_key"):
+        for name in ("weights", "device", "mesh", "fake_devices", "quantise", "certificate",
+                     "certificate_key"):  # fmt: skip
             if value := getattr(settings, name):
                 words += [f"--{name.replace('_', '-')}", value]
         words += ["--badge"] if settings.badge else []

@@ -18,9 +18,11 @@ from serve.headroom import Pulse, Work
 from serve.link import Link
 from serve.metrics import Metrics
 from serve.session import Limits, Mark, Problem, Session, Worker
-from serve.wire import RATE, Block, Changed, Close, Closed, Failed, Open, Opened, Ready
+from serve.wire import FPS, RATE, Block, Changed, Close, Closed, Failed, Open, Opened, Ready
 
 OPENING = 20.0  # seconds that an engine may take to open a session
+PATIENCE = 2.0  # seconds to wait for a moment at which to open one
+SPARE = 0.1  # seconds of picture beyond those that it takes
 
 
 class Sessions:
@@ -90,6 +92,7 @@ class Sessions:
         worker.held.add(session.id)  # before anything waits: nobody else gets this place
         try:
             shown = await asyncio.to_thread(picture, session.ready)
+            await self._moment(worker, session.ready.opening)
             if not session.opened.done():  # else it has ended meanwhile, as with its engine
                 worker.link.send(Open(session.id, shown, prompt, seed))
             await asyncio.wait_for(asyncio.shield(session.opened), OPENING)
@@ -135,6 +138,18 @@ class Sessions:
     def _room(self, worker: Worker) -> bool:
         """Whether those whom it has would not notice another one."""
         return worker.free > 0 and (not worker.held or worker.load <= self.limits.busy)
+
+    async def _moment(self, worker: Worker, seconds: float) -> None:
+        """Until the others have so much picture that they will not notice; or for too long."""
+        others = [self.all[name] for name in worker.held & self.all.keys()]
+        lines = [other.timeline for other in others if other.state != "opening"]
+        for line in lines:  # silence is made so much sooner; `Session.hear` takes that back
+            line.margin = max(line.margin, seconds + SPARE)
+        end = self.clock.now() + PATIENCE
+        while self.clock.now() < end and any(
+            line.asked > line.played and line.buffered < seconds for line in lines
+        ):
+            await self.clock.sleep(1 / FPS)
 
     def _refuse(self, kind: str, status: int, detail: str, after: float) -> None:
         self.metrics.admissions.labels(kind).inc()

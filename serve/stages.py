@@ -82,6 +82,7 @@ class Stages(Streams):
             self._waiting[slot].append((silent, None))
             self._hidden[slot] = 1
         self.state = self.pipe.insert(self.state, session, slot)
+        jax.block_until_ready(self.state)  # what it takes is told, see `Ready`
 
     def change(self, slot: int, prompt: str) -> None:
         self._prompts[slot] = self.pipe.text(self.model, self._prompt(prompt))

@@ -94,8 +94,9 @@ class Progress:
 class Ready:
     """Compiled and warm. frames: of a block. ahead: samples after a block that it is made from.
     delay: blocks in flight before the first one comes out. together: whether the blocks of all
-    slots take no longer than that of one. compiling: seconds that it took; cached: programs that
-    came from the cache instead."""
+    slots take no longer than that of one. opening: seconds in which a session is opened and no
+    other has its blocks made. compiling: seconds that it took; cached: programs that came from the
+    cache instead."""
 
     model: str
     width: int
@@ -105,6 +106,7 @@ class Ready:
     ahead: int
     delay: int
     together: bool = False
+    opening: float = 0.0
     compiling: float = 0.0
     cached: int = 0
 

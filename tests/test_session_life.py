@@ -18,7 +18,7 @@ from serve.metrics import Metrics
 from serve.mock import Mock
 from serve.session import REASONS, Limits, Problem, Session
 from serve.sessions import Sessions
-from serve.wire import FPS, PER_FRAME, RATE, Block
+from serve.wire import FPS, PER_FRAME, RATE, Block, Opened
 from tests.serving import Near, in_loop, serving, tone, until
 
 PICTURE = np.zeros((256, 256, 3), np.uint8)
@@ -66,7 +66,8 @@ class Slow(Near):
 
     def _say(self, message: Any) -> None:
         loop = asyncio.get_running_loop()
-        wait = self.seconds if isinstance(message, Block) else 0.0
+        takes = {Block: self.seconds, Opened: self.maker.ready.opening}
+        wait = takes.get(type(message), 0.0)
         self._free = max(self._free, loop.time()) + wait
         loop.call_at(self._free, self.hear, message)
 
@@ -124,11 +125,11 @@ def in_no_time(test: Callable) -> Callable:
 
 @asynccontextmanager
 async def opened(
-    seconds: float = 0.0, slots: int = 1, delay: int = 0, **limits: Any
+    seconds: float = 0.0, slots: int = 1, delay: int = 0, opening: float = 0.0, **limits: Any
 ) -> AsyncIterator[tuple[Sessions, Callable]]:
     near = type("Near", (Piped if delay else Slow,), {"seconds": seconds})
     maker = Blank(slots)
-    maker.ready = dataclasses.replace(maker.ready, delay=delay)
+    maker.ready = dataclasses.replace(maker.ready, delay=delay, opening=opening)
     workers = [functools.partial(near, maker=maker)]
     sessions = Sessions(workers, Limits(**limits), Metrics(), LoopClock())
     running = asyncio.create_task(sessions.run())
@@ -377,6 +378,38 @@ async def test_a_pipeline_is_asked_so_soon_that_nothing_stalls(monkeypatch):
         through = 5 * 0.3
         assert session.timeline.margin == pytest.approx(0.08 + 1.2 * through, abs=0.4)
         assert max(turns) <= through + session.timeline.margin + BLOCK
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+@in_no_time
+async def test_who_is_there_does_not_notice_that_others_are_opened(monkeypatch, speaks):
+    """Each takes the engine 0.3 s, and the margin of a fast engine is half of that."""
+
+    async def stalls() -> float:
+        async with opened(seconds=0.03, slots=2, opening=0.3) as (sessions, create):
+            session, watcher = await create()
+            await asyncio.sleep(3)
+            talking = asyncio.create_task(talk(session)) if speaks else None
+            for n in range(12):  # wherever the first one is in its block
+                await asyncio.sleep(3 + 0.04 * n)
+                other, _ = await create()
+                await asyncio.sleep(2)
+                sessions.close(other, "done")
+            if talking is not None:
+                talking.cancel()
+            assert len(watcher.shown) > 300
+            return session.stalls
+
+    assert await stalls() == 0
+    monkeypatch.setattr(module.Sessions, "_moment", lambda *given: asyncio.sleep(0))
+    assert speaks or await stalls() > 0.1  # but for that, somebody who is silent would
+
+
+async def talk(session: Session) -> None:
+    """As an agent does: it comes as it is said."""
+    while True:
+        session.speak(tone(0.1))
+        await asyncio.sleep(0.1)
 
 
 @in_no_time
