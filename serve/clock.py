@@ -119,7 +119,7 @@ class Timeline:
         self._frames: collections.deque[np.ndarray] = collections.deque()
         self._spans: collections.deque[Span] = collections.deque()
         self._speaking: Span | None = None
-        self._rested = 0  # what was shown when the picture last stood still as it should
+        self._rested = 0  # what was shown when the picture stands still as it should
         self.again = 0  # samples of frames that were shown again
         self._silent: collections.deque[np.ndarray] = collections.deque(maxlen=LOOP)
         self._resting, self._at, self._fade = False, 0, 0
@@ -210,7 +210,7 @@ class Timeline:
         if self.waiting and self._speaking is not None:
             return self._commit(needed)  # a gap
         if self._may_rest:
-            self._resting, self._rested = True, self.played
+            self._resting, self._rested = True, self.asked
             return None
         return self._silence(needed)
 
@@ -328,7 +328,7 @@ class Timeline:
     @property
     def starving(self) -> bool:
         """Whether the picture has run out while there should be one; a beginning is no stall."""
-        return not self._frames and self.asked > self.played > self._rested
+        return not self._frames and self.asked > self.played != self._rested
 
 
 def _taken(pieces: collections.deque[np.ndarray], count: int) -> np.ndarray:

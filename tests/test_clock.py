@@ -507,6 +507,29 @@ def test_in_a_loop_silence_is_shown_again_and_nothing_is_made():
     assert world.shown[-1][1].epoch == 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_idle_may_change_at_any_time_and_no_sample_and_no_beat_is_lost(seed):
+    rng = np.random.default_rng(seed)
+    world, now = World(), 2.0
+    for _ in range(40):
+        world.run(now)
+        world.line.idle = ("generate", "loop", "freeze")[rng.integers(3)]
+        if rng.random() < 0.3:
+            world.say(int(rng.integers(100, 2 * RATE)))
+            world.line.end()
+        now += rng.choice([0.1, 0.7, 5.0, 12.0]) * rng.random()
+    world.line.idle = "generate"
+    world.run(now + 10.0)
+    np.testing.assert_array_equal(world.spoken(), speech(0, world.sent))
+    times, pairs = zip(*world.shown, strict=True)
+    assert [pair.first for pair in pairs] == [i * PER_FRAME for i in range(len(pairs))]
+    assert world.stalled == 0 and min(np.diff(times)) > 0.99 * BEAT
+    started, ended = world.events("speech.started"), world.events("speech.ended")
+    assert len(started) == len(ended) > 0
+    last = [time for time in times if time > now + 1.0]
+    assert max(np.diff(last)) < 1.01 * BEAT  # it goes on
+
+
 # ---- a late engine
 
 
@@ -592,6 +615,7 @@ deeds = some.lists(
         some.tuples(some.just("say"), some.integers(1, 20_000)),
         some.tuples(some.sampled_from(["end", "clear", "tick", "tick", "arrive"]), some.just(0)),
         some.tuples(some.just("ticks"), some.integers(2, 40)),
+        some.tuples(some.just("idle"), some.integers(0, 1)),
     ),
     max_size=60,
 )
@@ -653,6 +677,8 @@ def test_in_whatever_order_things_happen_nothing_is_lost_or_mixed(deeds, idle, l
                 assert line.waiting + count > 10 * RATE
         elif deed == "end":
             line.end()
+        elif deed == "idle":
+            line.idle = ("generate", "freeze")[count]
         elif deed == "clear":
             true = 0 if begun is None else len(check()) - begun
             assert line.clear() == pytest.approx(true / RATE)
