@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("aioice", "aiortc", "uvicorn.access"):
+    for noisy in ("aioice", "aiortc", "livekit", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         chosen = settings.read(argv)

@@ -99,11 +99,16 @@ class Ends(BaseModel):
 Note = Annotated[str, Field(max_length=512)]
 
 
-class Create(BaseModel):
+class Wanted(BaseModel):
+    """An avatar, wherever it is to appear."""
+
     model_config = ConfigDict(extra="forbid")
     avatar: Face = Field(default_factory=Face)
     prompt: str = Field(PROMPT, min_length=1, max_length=CHARACTERS)
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class Create(Wanted):
     live: bool = False  # sound of a microphone, which never stops
     idle: Idle = "generate"
     size: Annotated[str, Field(max_length=16)] | None = None  # WIDTH*HEIGHT, if it must be that
@@ -127,6 +132,9 @@ class Front:
         self.sessions = Sessions(workers, settings.limits, self.metrics, mark=mark)
         self.rtc, self.jobs = rtc.Calls(settings), jobs.Jobs(settings)
         self.rooms: set[asyncio.Task] = set()
+        self.dispatch = None
+        if settings.livekit_url:  # the import takes seconds, and an extra
+            self.dispatch = importlib.import_module("serve.dispatch").Dispatch(self)
         self.creating = Bucket(settings.rate, max(5.0, 5 * settings.rate))
         self.beat = time.monotonic()
 
@@ -137,6 +145,8 @@ class Front:
                 parts = (self.sessions, self.jobs, self.rtc)
                 for job in (*(part.run() for part in parts), self._beat()):
                     group.create_task(job)
+                if self.dispatch is not None:
+                    group.create_task(self.dispatch.run())
         except Exception:
             log.exception("the server cannot go on")
             raise
@@ -152,35 +162,43 @@ class Front:
         if (wanted.transport == "livekit") != (wanted.livekit is not None):
             detail = "transport livekit and livekit {url, token} go together"
             raise Problem(422, "bad-input", detail)
-        face, limits = self._face(wanted.avatar), self._limits(wanted.limits)
         if wanted.size is not None and (ready := self.sessions.ready) is not None:
             only = f"{ready.width}*{ready.height}"
             if wanted.size != only:
                 detail = f"size {wanted.size}: this server is compiled for {only} alone"
                 raise Problem(422, "no-such-size", detail)
-        session = await self.sessions.create(
-            functools.partial(portrait, face), wanted.prompt, seed=wanted.seed, live=wanted.live,
-            idle=wanted.idle, limits=limits, rate=wanted.input.sample_rate,
-            metadata=wanted.metadata,
+        session = await self.open(
+            wanted, live=wanted.live, idle=wanted.idle, limits=self._limits(wanted.limits),
+            rate=wanted.input.sample_rate, metadata=wanted.metadata,
         )  # fmt: skip
-        if wanted.avatar.consent is not None:
-            agreed(wanted.avatar.consent, face, session=session.id)
         if wanted.livekit is not None:
-            await self._join(session, wanted.livekit)
+            await self.join(session, wanted.livekit.url, wanted.livekit.token)
         return self.told(session) | self._tokens(session)
 
-    async def _join(self, session: Session, room: Room) -> None:
-        """Raises Problem, or LiveAvatarError without the extra; then there is no session."""
+    async def open(self, wanted: Wanted, **more: Any) -> Session:
+        """A session that is open; more: as `Sessions.create` has it. Raises Problem, or
+        LiveAvatarError for what is no portrait."""
+        face = self._face(wanted.avatar)
+        make = functools.partial(portrait, face)
+        session = await self.sessions.create(make, wanted.prompt, seed=wanted.seed, **more)
+        if wanted.avatar.consent is not None:
+            agreed(wanted.avatar.consent, face, session=session.id)
+        return session
+
+    async def join(self, session: Session, url: str, token: str) -> asyncio.Task[None]:
+        """Takes a session into a room; the task ends when it is out of it. Raises Problem, or
+        LiveAvatarError without the extra; then there is no session."""
         session.roomed = True
         try:
             # In a thread: the import takes seconds, and other sessions go on.
             livekit = await asyncio.to_thread(importlib.import_module, "serve.livekit")
-            joined = await livekit.join(session, room.url, room.token)
+            joined = await livekit.join(session, url, token)
         except BaseException as error:
             self.sessions.close(session, "refused", str(error))
             raise
         self.rooms.add(joined)
         joined.add_done_callback(self.rooms.discard)
+        return joined
 
     def told(self, session: Session) -> dict[str, Any]:
         ready, limits = session.ready, session.limits
@@ -289,6 +307,8 @@ def make(settings: Settings) -> FastAPI:
         await front.sessions.drain(0.0)
         await front.rtc.close()
         await asyncio.gather(*front.rooms)
+        if front.dispatch is not None:
+            await front.dispatch.leave()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -410,7 +430,8 @@ def _operations(app: FastAPI, front: Front) -> None:
     @app.get("/v1/status")
     async def status(_: Annotated[Grant, Depends(operator)]) -> dict[str, Any]:
         return {"sessions": {name: session.stats() for name, session in sessions.all.items()},
-                "free": sessions.free, "draining": sessions.draining}  # fmt: skip
+                "free": sessions.free, "draining": sessions.draining,
+                "livekit": front.dispatch and front.dispatch.worker}  # fmt: skip
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

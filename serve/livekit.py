@@ -1,20 +1,14 @@
 """An avatar in LiveKit rooms, for the voice agents of livekit-agents.
 
 The agent's speech comes as byte streams (`lk.audio_stream`), one a segment; it interrupts by the
-call `lk.clear_buffer`, and is told `lk.playback_started` and `lk.playback_finished`. On the agent's
-side all of it is three lines:
-
-    avatar = AvatarSession("https://avatar.example.org", key, avatar_id="ada")
-    await avatar.start(session, room=ctx.room)
-    await session.start(agent, room=ctx.room)
+call `lk.clear_buffer`, and is told `lk.playback_started` and `lk.playback_finished`. Its side of it
+is `AvatarSession`, of `serve.agent`.
 """
 
 import asyncio
-import base64
 import collections
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -22,22 +16,22 @@ import numpy as np
 import soxr
 
 from liveavatar_jax.types import LiveAvatarError
+from serve.agent import BEHALF, AvatarSession
 from serve.clock import Shown
 from serve.pictures import enlarged
 from serve.session import Problem, Session
 from serve.wire import FPS, PER_FRAME, RATE
 
 try:
-    import aiohttp
-    from livekit import api, rtc
-    from livekit.agents import get_job_context
+    from livekit import rtc
     from livekit.agents.voice import avatar
 except ImportError:
     raise LiveAvatarError("rooms need livekit-agents; install the extra livekit") from None
 
+__all__ = ["AvatarGenerator", "AvatarSession", "Runner", "join"]
+
 log = logging.getLogger("serve.livekit")
 
-BEHALF = "lk.publish_on_behalf"  # attribute of an avatar: the identity of its agent
 LAG = 2  # pairs that wait, above which those in which nobody speaks are dropped
 WAITS = FPS  # pairs that wait at most; of older ones only the count goes on
 QUEUE = 200  # milliseconds of sound that the track takes ahead
@@ -350,73 +344,3 @@ async def join(session: Session, url: str, token: str) -> asyncio.Task[None]:
     except BaseException:
         await room.disconnect()
         raise
-
-
-# ---- on the agent's side
-
-
-class AvatarSession(avatar.AvatarSession):
-    """An avatar of the server at `base_url`, for an AgentSession. Either one that it offers, or a
-    picture file of one's own. more: of `POST /v1/sessions`, as prompt and seed."""
-
-    def __init__(
-        self, base_url: str, api_key: str = "", *, avatar_id: str | None = None,
-        image: bytes | None = None, identity: str = "avatar", **more: Any,
-    ):  # fmt: skip
-        super().__init__()
-        picture = None if image is None else base64.b64encode(image).decode()
-        face = {"id": avatar_id, "image": picture}
-        more["avatar"] = more.get("avatar", {}) | {k: v for k, v in face.items() if v is not None}
-        self._url, self._key, self._identity, self._wanted = base_url, api_key, identity, more
-        self._made: str | None = None  # the path of our session
-
-    @property
-    def avatar_identity(self) -> str:
-        return self._identity
-
-    @property
-    def provider(self) -> str:
-        return "liveavatar-jax"
-
-    async def start(
-        self, agent_session: Any, room: rtc.Room, *, livekit_url: str | None = None,
-        livekit_api_key: str | None = None, livekit_api_secret: str | None = None,
-    ) -> None:  # fmt: skip
-        """Before `agent_session.start`. What is not given is taken from LIVEKIT_URL,
-        LIVEKIT_API_KEY and LIVEKIT_API_SECRET. Raises LiveAvatarError, as for a full server."""
-        url, job = livekit_url or os.environ.get("LIVEKIT_URL"), get_job_context(required=False)
-        if not url:
-            raise LiveAvatarError("say where the room is: livekit_url, or LIVEKIT_URL")
-        agent = room.local_participant.identity if job is None else job.local_participant_identity
-        token = api.AccessToken(livekit_api_key, livekit_api_secret).with_kind("agent")
-        token = token.with_identity(self._identity).with_attributes({BEHALF: agent})
-        token = token.with_grants(api.VideoGrants(room_join=True, room=room.name)).to_jwt()
-        place = {"transport": "livekit", "livekit": {"url": url, "token": token}}
-        said = await self._call("POST", "/v1/sessions", self._wanted | place)
-        self._made = said["urls"]["session"]
-        await super().start(agent_session, room)
-        agent_session.output.replace_audio_tail(
-            avatar.DataStreamAudioOutput(
-                room, destination_identity=self._identity, sample_rate=RATE,
-                wait_remote_track=rtc.TrackKind.KIND_VIDEO, wait_playback_start=True,
-            )
-        )  # fmt: skip
-
-    async def aclose(self) -> None:
-        made, self._made = self._made, None
-        if made is not None:
-            with contextlib.suppress(LiveAvatarError, aiohttp.ClientError):
-                await self._call("DELETE", made)
-        await super().aclose()
-
-    async def _call(self, method: str, path: str, body: Any = None) -> Any:
-        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        async with (
-            aiohttp.ClientSession(headers=headers) as http,
-            http.request(method, self._url.rstrip("/") + path, json=body) as answer,
-        ):
-            said = await answer.json(content_type=None)
-            if answer.status >= 400:
-                detail = said.get("detail", answer.reason)
-                raise LiveAvatarError(f"the avatar server refuses ({answer.status}): {detail}")
-            return said

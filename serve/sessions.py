@@ -9,7 +9,7 @@ import collections
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -71,18 +71,9 @@ class Sessions:
         """A session that is open. picture: makes the portrait for the model's size; limits: its
         own, more: of `Session`. Raises Problem when there is no place, before those that run would
         notice."""
-        worker = max(self.workers, key=lambda worker: (self._room(worker), worker.free))
-        if self.draining:
-            self._refuse("draining", 503, "this server is going down", 30.0)
-        if worker.ready is None:
-            health = worker.link.health
-            self._refuse(
-                "not-ready", 503, f"the model is not ready: {health.stage}, {health.done:.0%}", 5.0
-            )
-        if worker.free < 1:
-            self._refuse("no-free-slot", 429, "all places are taken; try again later", 10.0)
-        if not self._room(worker) or (self.all and self.load > self.limits.busy):
-            self._refuse("busy", 429, "no time is left for one more; try again later", 5.0)
+        worker = self._next()
+        if (problem := self.refusal()) is not None:
+            self._refuse(problem)
         assert worker.ready is not None
         session = Session(
             worker, worker.ready, limits or self.limits, self.metrics, self.clock, live=live,
@@ -97,8 +88,9 @@ class Sessions:
                 worker.link.send(Open(session.id, shown, prompt, seed))
             await asyncio.wait_for(asyncio.shield(session.opened), OPENING)
         except TimeoutError:
-            self.close(session, "engine", "the engine did not open the session in time")
-            self._refuse("engine-fault", 503, "the engine did not open the session in time", 5.0)
+            detail = "the engine did not open the session in time"
+            self.close(session, "engine", detail)
+            self._refuse(Problem(503, "engine-fault", detail, 5.0))
         except BaseException as error:
             self.close(session, "engine" if isinstance(error, Problem) else "refused", str(error))
             result = error.kind if isinstance(error, Problem) else "refused"
@@ -135,6 +127,36 @@ class Sessions:
         """The share of real time that the front would need with one session more."""
         return self.pulse.share(len(self.all) + 1)
 
+    def refusal(self) -> Problem | None:
+        """Why one session more would not be taken now, if so."""
+        worker = self._next()
+        if self.draining:
+            return Problem(503, "draining", "this server is going down", 30.0)
+        if worker.ready is None:
+            health = worker.link.health
+            detail = f"the model is not ready: {health.stage}, {health.done:.0%}"
+            return Problem(503, "not-ready", detail, 5.0)
+        if worker.free < 1:
+            return Problem(429, "no-free-slot", "all places are taken; try again later", 10.0)
+        if not self._room(worker) or (self.all and self.load > self.limits.busy):
+            return Problem(429, "busy", "no time is left for one more; try again later", 5.0)
+        return None
+
+    @property
+    def fullness(self) -> float:
+        """0 with nobody there, 1 when nobody more is taken: of the slots, or of the time that one
+        session more may need, whichever is scarcer."""
+        if self.refusal() is not None:
+            return 1.0
+        worker, busy = self._next(), self.limits.busy
+        slots = sum(each.ready.slots for each in self.workers if each.ready is not None)
+        engine = worker.load / busy if worker.held else 0.0
+        return min(1.0, max(1 - self.free / slots, engine, self.load / busy if self.all else 0.0))
+
+    def _next(self) -> Worker:
+        """The one that would have the next session."""
+        return max(self.workers, key=lambda worker: (self._room(worker), worker.free))
+
     def _room(self, worker: Worker) -> bool:
         """Whether those whom it has would not notice another one."""
         return worker.free > 0 and (not worker.held or worker.load <= self.limits.busy)
@@ -151,9 +173,9 @@ class Sessions:
         ):
             await self.clock.sleep(1 / FPS)
 
-    def _refuse(self, kind: str, status: int, detail: str, after: float) -> None:
-        self.metrics.admissions.labels(kind).inc()
-        raise Problem(status, kind, detail, after)
+    def _refuse(self, problem: Problem) -> NoReturn:
+        self.metrics.admissions.labels(problem.kind).inc()
+        raise problem
 
     def _hear(self, worker: Worker, message: Any) -> None:
         match message:

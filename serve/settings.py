@@ -37,7 +37,7 @@ class Settings:
     keys: tuple[str, ...] = ()  # of backends; none: open, which only loopback hosts may be
     secret: str = ""  # signs client tokens; a new one at each start when empty
     origins: tuple[str, ...] = ()  # other web pages that may call
-    uploads: str = "auto"  # portraits of callers: yes, no, or on loopback alone
+    uploads: str = "auto"  # portraits of callers: yes, no, or on loopback alone, without LiveKit
     consent: bool = False  # uploads need a consent record
     badge: bool = False  # "AI" in a corner of every frame
     certificate: str = ""  # PEM chain that signs files (C2PA), and its ES256 key
@@ -52,6 +52,10 @@ class Settings:
     turn_user: str = ""
     turn_password: str = ""
     udp: str = ""  # ports for WebRTC, as 50000-50099; any when empty
+    livekit_url: str = ""  # ws: or wss: of a LiveKit server, whose dispatch sends sessions here
+    livekit_key: str = ""  # of its API, and its secret
+    livekit_secret: str = ""
+    livekit_name: str = "avatar"  # under which dispatches ask for this server, and others like it
     jobs: str = ""  # folder of offline jobs; a temporary one when empty
     longest: float = Limits.longest
     idle: float = Limits.idle
@@ -89,6 +93,7 @@ class Settings:
         for names in (("certificate", "certificate_key"), ("tls_certificate", "tls_key")):
             if len({bool(getattr(self, name)) for name in names}) > 1:
                 raise LiveAvatarError(f"{' and '.join(names)} go together; set both")
+        self._livekit()
         if not 0 <= self.port < 65536:
             raise LiveAvatarError(f"port = {self.port} must lie in 0..65535")
         if not self.keys and not self.loopback:
@@ -96,6 +101,18 @@ class Settings:
                 f"host = {self.host} lets others in; set keys (AVATAR_SERVE_KEYS), or serve on "
                 "127.0.0.1 behind a proxy that asks for one"
             )
+
+    def _livekit(self) -> None:
+        names = ("livekit_url", "livekit_key", "livekit_secret")
+        missing = [name for name in names if not getattr(self, name)]
+        if 0 < len(missing) < len(names):
+            raise LiveAvatarError(f"livekit_url, livekit_key and livekit_secret go together; set "
+                                  f"{' and '.join(missing)} too")  # fmt: skip
+        if self.livekit_url and not self.livekit_url.startswith(("ws://", "wss://")):
+            raise LiveAvatarError(f"livekit_url = {self.livekit_url!r} must begin with ws:// or "
+                                  "wss://")  # fmt: skip
+        if not self.livekit_name:  # LiveKit sends who has none into every room
+            raise LiveAvatarError("livekit_name must not be empty")
 
     @property
     def loopback(self) -> bool:
@@ -106,7 +123,8 @@ class Settings:
 
     @property
     def takes_uploads(self) -> bool:
-        return self.uploads == "yes" or (self.uploads == "auto" and self.loopback)
+        ours = self.loopback and not self.livekit_url  # else others call, whatever the host
+        return self.uploads == "yes" or (self.uploads == "auto" and ours)
 
     @property
     def limits(self) -> Limits:
