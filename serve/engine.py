@@ -97,6 +97,7 @@ class Seat:
             self.samples = np.concatenate([self.samples, samples])
 
     def clear(self, epoch: int) -> None:
+        """What blocks were made from stays before the next one, whose stream goes on from them."""
         self.epoch, self.first, self.samples = epoch, 0, self.samples[: self.left]
 
     def window(self) -> Window | None:

@@ -42,7 +42,7 @@ HEIGHT, WIDTH = 64, 96
 BLOCK, AHEAD = speech.BLOCK_SAMPLES, speech.SpeechWindow().ahead
 # Every leaf of a state is there, and the sink becomes the stream's own frame on the way.
 CONFIG = ModelConfig.tiny(
-    dit=DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=2, inject_layers=(1,), audio_layers=3),
+    dit=DiTConfig.tiny(dim=32, ffn_dim=48, heads=2, layers=1, inject_layers=(0,), audio_layers=3),
     vae=VAEConfig.tiny(cells=1, grid=(HEIGHT // 8, WIDTH // 8)),
     text=TextConfig.tiny(vocab=1200),
     speech=SpeechConfig.tiny(layers=2),
