@@ -11,7 +11,7 @@ import importlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,7 @@ from starlette.exceptions import HTTPException
 from liveavatar_jax.data import marks
 from liveavatar_jax.data.prompt import PROMPT
 from liveavatar_jax.types import LiveAvatarError
-from serve import jobs, rtc
+from serve import jobs, lite, rtc
 from serve.auth import Auth, Bucket, Denied, Grant, bearer
 from serve.clock import Idle
 from serve.link import Link, engine
@@ -185,20 +185,28 @@ class Front:
             agreed(wanted.avatar.consent, face, session=session.id)
         return session
 
-    async def join(self, session: Session, url: str, token: str) -> asyncio.Task[None]:
-        """Takes a session into a room; the task ends when it is out of it. Raises Problem, or
-        LiveAvatarError without the extra; then there is no session."""
+    async def join(
+        self, session: Session, url: str, token: str, elsewhere: bool = False
+    ) -> asyncio.Task[None]:
+        """Takes a session into a room of LiveKit; the task ends when it is out of it. `elsewhere`
+        as there. Raises Problem, or LiveAvatarError without the extra; then there is no session."""
         session.roomed = True
         try:
             # In a thread: the import takes seconds, and other sessions go on.
             livekit = await asyncio.to_thread(importlib.import_module, "serve.livekit")
-            joined = await livekit.join(session, url, token)
+            joined = await livekit.join(session, url, token, elsewhere=elsewhere)
         except BaseException as error:
             self.sessions.close(session, "refused", str(error))
             raise
         self.rooms.add(joined)
         joined.add_done_callback(self.rooms.discard)
         return joined
+
+    def pace(self, request: Request) -> None:
+        """Raises Problem where an address creates sessions too fast."""
+        address = request.client.host if request.client else ""
+        if (wait := self.creating.take(address, time.monotonic())) > 0:
+            raise Problem(429, "too-many-requests", "fewer sessions a second, please", wait)
 
     def told(self, session: Session) -> dict[str, Any]:
         ready, limits = session.ready, session.limits
@@ -326,6 +334,9 @@ def make(settings: Settings) -> FastAPI:
     _operations(app, front)
     _sessions(app, front)
     _page(app, front)
+    compatible = lite.make(front)
+    _answers(compatible, lite.problem)
+    app.mount(lite.PATH, compatible)
     return app
 
 
@@ -341,33 +352,33 @@ def _problem(status: int, kind: str, detail: str, after: float | None = None) ->
     return JSONResponse(said, status, headers, media_type="application/problem+json")
 
 
-def _answers(app: FastAPI) -> None:
+def _answers(app: FastAPI, answer: Callable[..., Response] = _problem) -> None:
     @app.exception_handler(Problem)
     def problem(request: Request, error: Problem) -> Response:
-        return _problem(error.status, error.kind, error.detail, error.after)
+        return answer(error.status, error.kind, error.detail, error.after)
 
     @app.exception_handler(Denied)
     def denied(request: Request, error: Denied) -> Response:
-        return _problem(401, "denied", str(error))
+        return answer(401, "denied", str(error))
 
     @app.exception_handler(LiveAvatarError)
     def bad(request: Request, error: LiveAvatarError) -> Response:
-        return _problem(400, "bad-input", str(error))
+        return answer(400, "bad-input", str(error))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return _problem(422, "bad-input", f"{where}: {first['msg'].lower()}"[:300])
+        return answer(422, "bad-input", f"{where}: {first['msg'].lower()}"[:300])
 
     @app.exception_handler(HTTPException)
     def other(request: Request, error: HTTPException) -> Response:
         kind = "too-large" if error.status_code == 413 else "http"
-        return _problem(error.status_code, kind, str(error.detail))
+        return answer(error.status_code, kind, str(error.detail))
 
     @app.exception_handler(Exception)
     def broken(request: Request, error: Exception) -> Response:
-        return _problem(500, "broken", "something went wrong here; it is in the server's log")
+        return answer(500, "broken", "something went wrong here; it is in the server's log")
 
 
 class _Limited:
@@ -470,9 +481,7 @@ def _sessions(app: FastAPI, front: Front) -> None:
     @app.post("/v1/sessions", status_code=201)
     async def create(wanted: Create, request: Request, response: Response) -> dict[str, Any]:
         auth.backend(request.headers.get("authorization"))
-        address = request.client.host if request.client else ""
-        if (wait := front.creating.take(address, time.monotonic())) > 0:
-            raise Problem(429, "too-many-requests", "fewer sessions a second, please", wait)
+        front.pace(request)
         said = await front.create(wanted)
         response.headers["location"] = said["urls"]["session"]
         return said

@@ -8,6 +8,7 @@ is `AvatarSession`, of `serve.agent`.
 import asyncio
 import collections
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -64,13 +65,15 @@ class Ended(avatar.AudioSegmentEnd):
 class AvatarGenerator(avatar.VideoGenerator):
     """A session as livekit-agents has it, and a `Viewer` of the session. Each picture is followed
     by its sound, silence too. drop: forgets what was taken and is not played, and says how many
-    seconds of sound that was."""
+    seconds of sound that was. elsewhere: speech comes to the session another way."""
 
-    def __init__(self, session: Session, drop: Callable[[], float] = lambda: 0.0):
+    def __init__(
+        self, session: Session, drop: Callable[[], float] = lambda: 0.0, elsewhere: bool = False
+    ):
         if session.timeline.live or session.timeline.idle != "generate":
             raise Problem(400, "bad-input", "in a room, live is false and idle is generate")
         self.watching = False  # until somebody takes what is shown
-        self._session, self._drop = session, drop
+        self._session, self._drop, self._elsewhere = session, drop, elsewhere
         self._rate, self._resample = 0, None
         self._open = False  # whether there is a segment that has not come to its end
         self._deaf = False  # whether the rest of it is not wanted
@@ -79,7 +82,7 @@ class AvatarGenerator(avatar.VideoGenerator):
         self._speaking = False
         # Pairs, with the count of speech in each; None where a segment ends, more counts after it.
         self._out: collections.deque[tuple[Shown | None, list[Any]]] = collections.deque()
-        self._more, self._over = asyncio.Event(), False
+        self._more, self.closed = asyncio.Event(), asyncio.Event()
         self._position = 0  # samples of the segment under way that were taken
         session.join(self)
 
@@ -89,18 +92,18 @@ class AvatarGenerator(avatar.VideoGenerator):
         """Waits while much of what was said is not shown yet."""
         timeline = self._session.timeline
         epoch = timeline.epoch
-        while timeline.waiting > timeline.limit // 2 and not self._over:
+        while timeline.waiting > timeline.limit // 2 and not self.closed.is_set():
             await asyncio.sleep(0.1)
         if isinstance(frame, avatar.AudioSegmentEnd):
             ends, self._open, self._deaf = self._open, False, False
-            if ends and not self._over:
+            if ends and not self.closed.is_set():
                 self._convert(0)
                 self._session.end()
                 if self._said:
                     self._said.append(None)
                 else:  # all of it was shown before the end was known
                     self._put(None, [None])
-        elif not self._deaf and not self._over and epoch == timeline.epoch:
+        elif not self._deaf and not self.closed.is_set() and epoch == timeline.epoch:
             self._open = True
             if frame.sample_rate != self._rate:
                 self._convert(frame.sample_rate)
@@ -125,7 +128,7 @@ class AvatarGenerator(avatar.VideoGenerator):
         self.watching = True
         while True:
             while not self._out:
-                if self._over:
+                if self.closed.is_set():
                     return
                 self._more.clear()
                 await self._more.wait()
@@ -153,7 +156,8 @@ class AvatarGenerator(avatar.VideoGenerator):
             self._speaking = kind == "speech.started"
             if self._speaking:
                 begun = min(begun, max(0, fields["at_sample"] - shown.first))
-        marks = self._spoken(shown.samples, begun)
+        elsewhere: list[Any] = [PER_FRAME - begun]
+        marks = elsewhere if self._elsewhere else self._spoken(shown.samples, begun)
         if len(self._out) < LAG or marks != [0]:
             self._put(shown, marks)
 
@@ -180,7 +184,7 @@ class AvatarGenerator(avatar.VideoGenerator):
 
     def close(self, reason: str) -> None:
         self.clear(self._session.timeline.epoch)
-        self._over = True
+        self.closed.set()
         self._more.set()
 
     # ---- of its own
@@ -248,13 +252,28 @@ def _picture(frame: np.ndarray) -> rtc.VideoFrame:
 # ---- in a room
 
 
+class Elsewhere(avatar.AudioReceiver):
+    """Of a session whose speech comes another way: there is nothing to hear, and nobody to tell."""
+
+    def notify_playback_started(self) -> None:
+        pass
+
+    def notify_playback_finished(self, playback_position: float, interrupted: bool) -> None:
+        pass
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        await asyncio.Event().wait()
+        yield
+
+
 class Runner:
     """A session in a room. AvatarRunner of livekit-agents would pace the pictures, which have a
     clock already, by a second one, and leave the sound to a third."""
 
     def __init__(self, session: Session, room: rtc.Room, receiver: avatar.AudioReceiver):
         self._room, self._receiver = room, receiver
-        self._generator = AvatarGenerator(session, self._drop)
+        elsewhere = isinstance(receiver, Elsewhere)
+        self._generator = AvatarGenerator(session, self._drop, elsewhere)
         self._audio = rtc.AudioSource(RATE, 1, queue_size_ms=QUEUE)
         self._video = rtc.VideoSource(session.ready.width, session.ready.height)
         self._begun, self._gone = asyncio.Event(), asyncio.Event()
@@ -263,7 +282,8 @@ class Runner:
 
     async def run(self) -> None:
         """Until the session ends, or the agent or the room is gone."""
-        jobs = [asyncio.create_task(x) for x in (self._show(), self._hear(), self._gone.wait())]
+        ends = (self._gone.wait(), self._generator.closed.wait())  # also before anybody listens
+        jobs = [asyncio.create_task(x) for x in (self._show(), self._hear(), *ends)]
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done if not self._gone.is_set() else ():
@@ -329,8 +349,11 @@ class Runner:
             self._gone.set()
 
 
-async def join(session: Session, url: str, token: str) -> asyncio.Task[None]:
-    """Takes a session into a room; the task ends when it is out of it. Raises Problem."""
+async def join(
+    session: Session, url: str, token: str, *, elsewhere: bool = False
+) -> asyncio.Task[None]:
+    """Takes a session into a room; the task ends when it is out of it. elsewhere: its speech does
+    not come from there. Raises Problem."""
     room = rtc.Room()
     try:
         options = rtc.RoomOptions(auto_subscribe=False)
@@ -339,7 +362,8 @@ async def join(session: Session, url: str, token: str) -> asyncio.Task[None]:
         raise Problem(502, "no-room", f"the room cannot be joined: {error}"[:300], 5.0) from None
     agent = room.local_participant.attributes.get(BEHALF)
     try:
-        receiver = avatar.DataStreamAudioReceiver(room, sender_identity=agent)
+        heard = functools.partial(avatar.DataStreamAudioReceiver, room, sender_identity=agent)
+        receiver = Elsewhere() if elsewhere else heard()
         return asyncio.create_task(Runner(session, room, receiver).run())
     except BaseException:
         await room.disconnect()

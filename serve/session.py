@@ -170,6 +170,10 @@ class Session:
         """What was sent is all of this speech."""
         self.timeline.end()
 
+    def keep(self) -> None:
+        """Nobody speaks, but somebody will."""
+        self.heard = self._clock.now()
+
     def settle(self) -> None:
         """A pause is an end, where nobody said so: less than a block would wait for ever."""
         if self.timeline.short and self._clock.now() - self._came[-1][1] > PAUSE:

@@ -188,18 +188,21 @@ class Socket:
             kind = said["type"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise Mistake("a message is a JSON object with a type") from None
-        does: dict[str, Callable[[dict[str, Any]], None]] = {
+        does = self._does()
+        if not isinstance(kind, str) or kind not in does:
+            raise Mistake(f"a message's type is one of {', '.join(does)}")
+        if not self._speaks and kind != "ping":
+            raise Mistake("this token is for watching only")
+        does[kind](said)
+
+    def _does(self) -> dict[str, Callable[[dict[str, Any]], None]]:
+        return {
             "audio.append": self._append,
             "audio.end": lambda said: self._over(),
             "audio.clear": lambda said: self._interrupt(),
             "session.update": self._update,
             "ping": self._pong,
         }
-        if not isinstance(kind, str) or kind not in does:
-            raise Mistake(f"a message's type is one of {', '.join(does)}")
-        if not self._speaks and kind != "ping":
-            raise Mistake("this token is for watching only")
-        does[kind](said)
 
     def _append(self, said: dict[str, Any]) -> None:
         try:

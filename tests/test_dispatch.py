@@ -533,7 +533,7 @@ async def test_an_engine_that_is_lost_fails_the_job(went, monkeypatch):
 
 @in_loop
 async def test_what_went_wrong_inside_fails_the_job_and_leaves_no_session(went, monkeypatch):
-    async def join(session, url, token):
+    async def join(session, url, token, **more):
         raise RuntimeError("a secret of ours")
 
     monkeypatch.setattr(livekit, "join", join)
