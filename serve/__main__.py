@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import os
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -17,6 +19,9 @@ from serve import front, settings
 
 MESSAGE = 1 << 20  # bytes of a WebSocket message
 GOODBYE = 2.0  # seconds in which those whose session ends are told why
+PING, PONG = 10.0, 10.0  # seconds between two pings of a WebSocket, and until who is silent is cut
+MUTE = 30.0  # seconds that a line may be open without a whole request
+UNREAD = 30.0  # seconds that what was sent may go unread, before the kernel cuts the line
 
 
 class Lines(logging.Formatter):
@@ -34,7 +39,8 @@ class Lines(logging.Formatter):
 
 
 class Server(uvicorn.Server):
-    """One that lets sessions finish: the first signal drains, the second one ends them.
+    """One that lets sessions finish: the first signal drains, the second one ends them. Lines on
+    which nothing comes any more are cut, whether the other side says that it goes or not.
 
     Raises LiveAvatarError for settings that cannot be had.
     """
@@ -44,10 +50,39 @@ class Server(uvicorn.Server):
         secured = _secured(chosen)
         super().__init__(uvicorn.Config(
             app, chosen.host, chosen.port, log_config=None, ws_max_size=MESSAGE,
-            ws_per_message_deflate=False, timeout_graceful_shutdown=5, **secured,
+            ws_per_message_deflate=False, ws_ping_interval=PING, ws_ping_timeout=PONG,
+            timeout_graceful_shutdown=5, http="h11",  # the other parser takes headers without end
+            **secured,
         ))  # fmt: skip
         self._drain, self._front = chosen.drain, app.state.front
         self._hurried = False
+        self._mute: dict[Any, tuple[Any, float]] = {}  # line: its last request, and since when
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)
+        if option is None:
+            return
+        for one in (one for server in self.servers for one in server.sockets):
+            with socket.socket(fileno=os.dup(one.fileno())) as same:  # lines inherit it
+                same.setsockopt(socket.IPPROTO_TCP, option, round(1000 * UNREAD))
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # ticks are 0.1 s
+            self._cut()
+        return await super().on_tick(counter)
+
+    def _cut(self) -> None:
+        """Whose request is not whole, or never begins: uvicorn alone waits for ever."""
+        now, before, self._mute = time.monotonic(), self._mute, {}
+        for line in list(self.server_state.connections):
+            asked = getattr(line, "cycle", ...)
+            if asked is ... or (asked is not None and not asked.response_complete):
+                continue  # a WebSocket, which has pings; or an answer is under way
+            last, since = before.get(line, (asked, now))
+            self._mute[line] = asked, since if last is asked else now
+            if now - self._mute[line][1] > MUTE:
+                line.transport.close()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit and not self._hurried:

@@ -52,6 +52,7 @@ PAGE = Path(__file__).parent / "page"
 PORTRAITS = PAGE / "portraits"
 TYPE = "https://liveavatar-jax.invalid/problems/"  # names, not addresses
 AUTHENTICATING = 10.0  # seconds that a socket may stay without a token
+BODY, SLOWEST = 30.0, 20_000  # seconds that a body may take, and one more for so many bytes
 PROTOCOL = "avatar.v1"
 
 
@@ -135,7 +136,7 @@ class Front:
         self.dispatch = None
         if settings.livekit_url:  # the import takes seconds, and an extra
             self.dispatch = importlib.import_module("serve.dispatch").Dispatch(self)
-        self.creating = Bucket(settings.rate, max(5.0, 5 * settings.rate))
+        self.asked = Bucket(settings.rate, max(5.0, 5 * settings.rate))
         self.beat = time.monotonic()
 
     async def run(self) -> None:
@@ -156,6 +157,12 @@ class Front:
         while True:
             self.beat = time.monotonic()
             await asyncio.sleep(0.5)
+
+    def calm(self, request: Request, what: str) -> None:
+        """Raises Problem where an address asks for more of something than `rate` a second."""
+        address = request.client.host if request.client else ""
+        if (wait := self.asked.take(f"{what} {address}", time.monotonic())) > 0:
+            raise Problem(429, "too-many-requests", f"fewer {what} a second, please", wait)
 
     async def create(self, wanted: Create) -> dict[str, Any]:
         """A session: what its caller is told. Raises Problem."""
@@ -201,12 +208,6 @@ class Front:
         self.rooms.add(joined)
         joined.add_done_callback(self.rooms.discard)
         return joined
-
-    def pace(self, request: Request) -> None:
-        """Raises Problem where an address creates sessions too fast."""
-        address = request.client.host if request.client else ""
-        if (wait := self.creating.take(address, time.monotonic())) > 0:
-            raise Problem(429, "too-many-requests", "fewer sessions a second, please", wait)
 
     def told(self, session: Session) -> dict[str, Any]:
         ready, limits = session.ready, session.limits
@@ -349,6 +350,8 @@ def _problem(status: int, kind: str, detail: str, after: float | None = None) ->
     headers = {} if after is None else {"retry-after": str(max(1, round(after)))}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if status == 408:
+        headers["connection"] = "close"
     return JSONResponse(said, status, headers, media_type="application/problem+json")
 
 
@@ -373,7 +376,7 @@ def _answers(app: FastAPI, answer: Callable[..., Response] = _problem) -> None:
 
     @app.exception_handler(HTTPException)
     def other(request: Request, error: HTTPException) -> Response:
-        kind = "too-large" if error.status_code == 413 else "http"
+        kind = {408: "too-slow", 413: "too-large"}.get(error.status_code, "http")
         return answer(error.status_code, kind, str(error.detail))
 
     @app.exception_handler(Exception)
@@ -382,7 +385,8 @@ def _answers(app: FastAPI, answer: Callable[..., Response] = _problem) -> None:
 
 
 class _Limited:
-    """Refuses bodies of more than so many bytes, also those that do not say so."""
+    """Refuses bodies of more than so many bytes, also those that do not say so; and those of which
+    too little comes, which would hold their line and their memory for ever."""
 
     def __init__(self, app: Any, most: int):
         self.app, self.most = app, most
@@ -396,12 +400,17 @@ class _Limited:
         if not claimed.isdigit() or int(claimed) > self.most:
             await _problem(413, "too-large", detail)(scope, receive, send)
             return
-        seen = 0
+        seen, more, begun = 0, True, asyncio.get_running_loop().time()
 
         async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
+            nonlocal seen, more
+            try:
+                end = begun + BODY + seen / SLOWEST
+                async with asyncio.timeout_at(end if more else None):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body of this request came too slowly") from None
+            seen, more = seen + len(message.get("body", b"")), message.get("more_body", False)
             if seen > self.most:
                 raise HTTPException(413, detail)  # no other exception comes through FastAPI
             return message
@@ -481,7 +490,7 @@ def _sessions(app: FastAPI, front: Front) -> None:
     @app.post("/v1/sessions", status_code=201)
     async def create(wanted: Create, request: Request, response: Response) -> dict[str, Any]:
         auth.backend(request.headers.get("authorization"))
-        front.pace(request)
+        front.calm(request, "sessions")
         said = await front.create(wanted)
         response.headers["location"] = said["urls"]["session"]
         return said
@@ -526,12 +535,12 @@ def _sessions(app: FastAPI, front: Front) -> None:
             code = 1013 if error.after is not None else 1008
             await _cut(ws, code, error.kind, error.detail)
 
-    rtc.routes(app, front.rtc, sessions, caller)
+    rtc.routes(app, front.rtc, sessions, caller, front.calm)
 
     def backend(request: Request) -> Grant:
         return auth.backend(request.headers.get("authorization"))
 
-    jobs.routes(app, front.jobs, front.consented, agreed, front.portrait, backend)
+    jobs.routes(app, front.jobs, front.consented, agreed, front.portrait, backend, front.calm)
 
 
 async def _admitted(ws: WebSocket, auth: Auth, offered: list[str]) -> Grant:

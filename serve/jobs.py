@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import av
 import numpy as np
-from fastapi import Depends, FastAPI, File, Form, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, Response, UploadFile
 from fastapi.responses import FileResponse
 from PIL import Image
 
@@ -41,6 +41,7 @@ log = logging.getLogger("serve.jobs")
 LONGEST = 600  # seconds of a recording
 KEPT = 24 * 3600.0  # seconds that a finished job stays
 WAITING = 32  # jobs
+GUESSED = ("mp3", "aac")  # formats whose length may be a guess, from the bytes of a second
 NAME = re.compile(r"video_[A-Za-z0-9_-]{12}")
 
 
@@ -81,6 +82,8 @@ class Jobs:
         """Raises LiveAvatarError for what is no portrait or no recording, Problem when full."""
         if sum(job.status in ("queued", "in_progress") for job in self._all.values()) >= WAITING:
             raise Problem(429, "queue-full", f"{WAITING} videos are waiting already", 60.0)
+        if "\0" in prompt:  # no command can be told that
+            raise LiveAvatarError("prompt has a character that is no text (U+0000); leave it out")
         picture = checked(portrait)
         name = f"video_{secrets.token_urlsafe(9)}"
         at = self.folder / name
@@ -162,7 +165,8 @@ class Jobs:
     async def _make(self, job: Job) -> None:
         job.status, self._running, at = "in_progress", job.id, self.folder / job.id
         words = ["generate", "--image", at / "portrait.png", "--audio", at / "recording",
-                 "--prompt", job.prompt, "--seed", job.seed, "--out", at / "draft.mp4"]  # fmt: skip
+                 f"--prompt={job.prompt}", "--seed", job.seed,
+                 "--out", at / "draft.mp4"]  # fmt: skip
         settings = self._settings
         for name in ("weights", "device", "mesh", "fake_devices", "quantise", "certificate",
                      "certificate_key"):  # fmt: skip
@@ -201,15 +205,21 @@ class Jobs:
         job.completed_at, job.expires_at = round(time.time()), round(time.time() + KEPT)
         for name in ("portrait.png", "recording", "draft.mp4"):  # no face and no voice is kept
             (at / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        try:
             self._keep(job)
+        except OSError:  # as it was kept before, a server that starts again would make it again
+            (at / "job.json").unlink(missing_ok=True)
         log.info("video", extra={"about": {"status": job.status, "seconds": job.seconds}})
 
     def _keep(self, job: Job) -> None:
         at = self.folder / job.id / "job.json"
         draft = at.with_suffix(".part")
-        draft.write_text(json.dumps(dataclasses.asdict(job)))
-        os.replace(draft, at)
+        try:
+            draft.write_text(json.dumps(dataclasses.asdict(job)))
+            os.replace(draft, at)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
     def _find(self) -> None:
         """Jobs of a server before this one; what was cut off begins anew."""
@@ -231,7 +241,12 @@ class Jobs:
 
 
 def _seconds(recording: Path) -> float:
-    """Of a recording; a bomb is noticed while it is read. Raises LiveAvatarError."""
+    """Of a recording; a bomb is noticed before it is read, or while it is. Raises
+    LiveAvatarError."""
+    if (claimed := _claimed(recording)) > LONGEST + 1:
+        raise LiveAvatarError(
+            f"the recording claims to last {claimed:.0f} s; at most {LONGEST} s are taken"
+        )
     samples = 0
     for piece in read_audio(recording):
         samples += len(piece)
@@ -242,9 +257,24 @@ def _seconds(recording: Path) -> float:
     return samples / RATE
 
 
+def _claimed(recording: Path) -> float:
+    """Seconds that a file says it lasts; 0 where it does not say."""
+    with contextlib.suppress(Exception):  # what cannot be opened is refused when it is read
+        # As where it is read: a playlist must not reach for the network.
+        with av.open(f"file:{recording}", options={"protocol_whitelist": "file"}) as file:
+            sound = file.streams.audio[0]
+            if file.format.name in GUESSED:
+                return 0.0
+            if sound.duration is not None and sound.time_base is not None:
+                return float(sound.duration * sound.time_base)
+            return (file.duration or 0) / av.time_base
+    return 0.0
+
+
 def _said(line: str) -> str:
-    """The sentence of a command that refuses, without the paths of this machine."""
-    line = re.sub(r"^\w+: ", "", line)
+    """The sentence of a command that refuses, without the paths of this machine, and without what
+    it keeps: a job that fails keeps nothing."""
+    line = re.sub(r"^[\w-]+: |; its beginning is kept and plays$|; nothing is kept$", "", line)
     return re.sub(r"/\S+/(portrait\.png|recording|draft\.mp4)", r"\1", line)
 
 
@@ -262,13 +292,16 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 def routes(
     app: FastAPI, jobs: Jobs, takes: Callable[[str], Any], agreed: Callable[..., None],
     face: Callable[[str], bytes], backend: Callable[..., Any],
+    calm: Callable[[Request, str], None],
 ) -> None:  # fmt: skip
     """takes: the consent that a form has, if any; raises Problem where callers may not bring
-    portraits. agreed: keeps it. face: a portrait by name."""
+    portraits. agreed: keeps it. face: a portrait by name. calm: raises Problem where an address
+    asks too often."""
     key = [Depends(backend)]
 
     @app.post("/v1/videos", status_code=200, dependencies=key)
     async def create(
+        request: Request,
         audio: Annotated[UploadFile, File()],
         input_reference: Annotated[UploadFile | None, File()] = None,
         avatar: Annotated[str, Form(max_length=64)] = "",
@@ -276,6 +309,7 @@ def routes(
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 0,
         consent: Annotated[str, Form(max_length=4000)] = "",
     ) -> Job:
+        calm(request, "videos")
         record = None
         if input_reference is not None:
             record = takes(consent)

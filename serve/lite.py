@@ -182,7 +182,7 @@ def make(front: "Front") -> FastAPI:
             del booked[gone]
         if wanted.mode != "LITE":
             raise Problem(422, "bad-input", "mode: LITE is the only one here")
-        front.pace(request)
+        front.calm(request, "sessions")
         face = front.portrait(wanted.avatar_id)
         session = await sessions.create(functools.partial(portrait, face), PROMPT)
         booked[session.id] = Booked(wanted.livekit_config)

@@ -71,7 +71,7 @@ class Metrics:
         self.frames = counter("la_frames", "frames sent out")
         self.stalls = counter("la_stall_seconds", "picture that came late")
         self.dropped = counter("la_frames_dropped", "frames nobody saw", "why")
-        self.gaps = counter("la_input_gap_seconds", "silence put into speech that came late")
+        self.gaps = counter("la_input_gap_seconds", "silence in speech that came late, or was lost")
         # Of all sessions: the most that waits for the engine and in it, the least picture.
         self.buffer = gauge("la_buffer_seconds", "what waits: input, engine or picture", "where")
         self.load = gauge("la_load", "of real time, that one session more would make it need", "of")

@@ -27,7 +27,7 @@ from aiortc import (
     RTCSessionDescription,
 )
 from aiortc.jitterbuffer import MAX_MISORDER, JitterFrame
-from aiortc.sdp import candidate_from_sdp
+from aiortc.sdp import SessionDescription, candidate_from_sdp
 from fastapi import Depends, FastAPI, Request, Response
 
 from liveavatar_jax.types import LiveAvatarError
@@ -51,6 +51,7 @@ STILL = 6  # frames by which stamps may be behind the clock; more is a picture t
 CONNECTS = 20.0  # seconds that a call may take until it is connected
 HOLE = 2.0  # seconds of lost sound that are filled with silence, at most
 LOOKS = 5.0  # seconds between two looks at how calls fare
+PARTS, MANY = 4, 200  # of an offer: its media, each of which may open sockets; and candidates
 
 
 class Out(MediaStreamTrack):
@@ -148,6 +149,7 @@ class Call:
         self.peer = RTCPeerConnection(servers)
         self._video, self._audio = Out("video"), Out("audio")
         self._at, self._begun = 0, 0.0
+        self._candidates = 0  # that came
         self._listening: asyncio.Task | None = None
         self._connecting: asyncio.TimerHandle | None = None
         self._gone = False
@@ -189,19 +191,10 @@ class Call:
     async def answer(self, offer: str) -> str:
         """Raises Problem for what is no offer, or wants nothing that is here."""
         try:
-            await self.peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
-            if not self.peer.getTransceivers():
-                raise ValueError("neither picture nor sound")
-            ice.hurry(self.peer)
-            for transceiver in self.peer.getTransceivers():
-                if transceiver.kind == "video":
-                    transceiver.sender.replaceTrack(self._video)
-                    transceiver.direction = "sendonly"
-                else:
-                    transceiver.sender.replaceTrack(self._audio)
-                    transceiver.direction = "sendrecv" if self._speaks else "sendonly"
-                    vars(transceiver.receiver)["_RTCRtpReceiver__jitter_buffer"] = Onward()
-            await self.peer.setLocalDescription(await self.peer.createAnswer())
+            self._count(offer)
+            _check(offer)
+            async with asyncio.timeout(CONNECTS):
+                await self._negotiate(offer)
         except Exception as error:  # aiortc raises anything on what it cannot parse
             await self.hang_up()
             detail = f"this is no offer of a call that can be had here ({type(error).__name__})"
@@ -214,19 +207,43 @@ class Call:
         self._connecting = asyncio.get_running_loop().call_later(CONNECTS, self._connected)
         return self.peer.localDescription.sdp
 
+    async def _negotiate(self, offer: str) -> None:
+        await self.peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+        if not self.peer.getTransceivers():
+            raise ValueError("neither picture nor sound")
+        ice.hurry(self.peer)
+        for transceiver in self.peer.getTransceivers():
+            if transceiver.kind == "video":
+                transceiver.sender.replaceTrack(self._video)
+                transceiver.direction = "sendonly"
+            else:
+                transceiver.sender.replaceTrack(self._audio)
+                transceiver.direction = "sendrecv" if self._speaks else "sendonly"
+                vars(transceiver.receiver)["_RTCRtpReceiver__jitter_buffer"] = Onward()
+        await self.peer.setLocalDescription(await self.peer.createAnswer())
+
     async def candidates(self, fragment: str) -> None:
-        """Trickled candidates (application/trickle-ice-sdpfrag)."""
+        """Trickled candidates (application/trickle-ice-sdpfrag). Raises Problem."""
         mid = "0"
-        for line in fragment.splitlines():
-            if line.startswith("a=mid:"):
-                mid = line[6:].strip()
-            elif line.startswith("a=candidate:"):
-                try:
-                    candidate = candidate_from_sdp(line[12:].strip())
-                except Exception:
-                    raise Problem(400, "bad-candidate", "this is no candidate") from None
-                candidate.sdpMid = mid
-                await self.peer.addIceCandidate(candidate)
+        try:
+            self._count(fragment)
+            async with asyncio.timeout(CONNECTS):  # names of machines are asked for, one by one
+                for line in fragment.splitlines():
+                    if line.startswith("a=mid:"):
+                        mid = line[6:].strip()
+                    elif line.startswith("a=candidate:"):
+                        candidate = candidate_from_sdp(line[12:].strip())
+                        candidate.sdpMid = mid
+                        await self.peer.addIceCandidate(candidate)
+        except Exception as error:  # as with an offer
+            detail = f"this is no candidate that can be had here ({type(error).__name__})"
+            raise Problem(400, "bad-candidate", detail) from None
+
+    def _count(self, text: str) -> None:
+        """All that ever come are kept, and tried one after another."""
+        self._candidates += text.count("a=candidate:")
+        if self._candidates > MANY:
+            raise ValueError(f"more than {MANY} candidates")
 
     async def hang_up(self) -> None:
         """However it ends: nothing of it is left."""
@@ -273,10 +290,22 @@ class Call:
         placed = Placed()
         with contextlib.suppress(MediaStreamError):
             while True:
-                samples = placed.add(await track.recv())
+                filled, samples = placed.filled, placed.add(await track.recv())
+                self._session.metrics.gaps.inc((placed.filled - filled) / RATE)
                 if len(samples):
                     with contextlib.suppress(Problem):  # too much waits: the oldest of it matters
                         self._session.speak(samples)
+
+
+def _check(offer: str) -> None:
+    """Raises anything, before aiortc has begun what it could not take back."""
+    said = SessionDescription.parse(offer)
+    if len(said.media) > PARTS:
+        raise ValueError("too many media")
+    known = [media.rtp.muxId for media in said.media]
+    for group in said.group:
+        if group.semantic == "BUNDLE" and group.items and group.items[0] not in known:
+            raise ValueError("a bundle of nothing")
 
 
 class Calls:
@@ -323,11 +352,16 @@ class Calls:
         await asyncio.gather(*(call.hang_up() for call in self._calls.values()))
 
 
-def routes(app: FastAPI, calls: Calls, sessions: Sessions, caller: Callable[..., Grant]) -> None:
+def routes(
+    app: FastAPI, calls: Calls, sessions: Sessions, caller: Callable[..., Grant],
+    calm: Callable[[Request, str], None],
+) -> None:  # fmt: skip
+    """calm: raises Problem where an address asks too often."""
     Caller = Annotated[Grant, Depends(caller)]
     at = "/v1/sessions/{session}/rtc"
 
     async def ring(session: str, request: Request, speaks: bool) -> Response:
+        calm(request, "calls")
         if request.headers.get("content-type", "").split(";")[0] != SDP:
             raise Problem(415, "bad-type", f"send the offer as {SDP}")
         offer = (await request.body())[:200_000].decode("utf-8", "replace")

@@ -45,7 +45,7 @@ class Settings:
     tls_certificate: str = ""  # PEM chain for https://, and its key; else a proxy has them
     tls_key: str = ""
     max_body: int = 16_000_000  # bytes of a request
-    rate: float = 2.0  # sessions that an address may create a second
+    rate: float = 2.0  # sessions that an address may create a second; and calls, and videos
     drain: float = 30.0  # seconds for who is there, on the way down
     ice: tuple[str, ...] = ()  # stun: and turn: URLs for browsers and us
     turn_secret: str = ""  # shared with it: each session gets a login that ends; else one for all

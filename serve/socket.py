@@ -61,6 +61,8 @@ class Socket:
     # ---- a Viewer
 
     def show(self, shown: Shown) -> None:
+        if self._end is not None:  # it is on its way out
+            return
         if self._frames >= SLOW:
             oldest = next(i for i, item in enumerate(self._out) if isinstance(item, Shown))
             del self._out[oldest]
