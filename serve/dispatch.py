@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from liveavatar_jax.types import LiveAvatarError
-from serve.front import Front, Wanted
+from serve.asked import Wanted
+from serve.front import Front
 from serve.livekit import BEHALF
 from serve.session import REASONS, Problem, Session
 

@@ -11,9 +11,9 @@ import importlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import (
     Depends,
@@ -25,99 +25,29 @@ from fastapi import (
     WebSocket,
     WebSocketDisconnect,
 )
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
 
 from liveavatar_jax.data import marks
-from liveavatar_jax.data.prompt import PROMPT
-from liveavatar_jax.types import LiveAvatarError
 from serve import jobs, lite, rtc
+from serve.answers import Limited, handle
+from serve.asked import Consent, Create, Ends, Face, Wanted
 from serve.auth import Auth, Bucket, Denied, Grant, bearer
-from serve.clock import Idle
 from serve.link import Link, engine
 from serve.metrics import Metrics
 from serve.pictures import portrait
 from serve.session import Limits, Problem, Session
 from serve.sessions import Sessions, lasting
 from serve.settings import Settings
-from serve.socket import CHARACTERS, MEDIA, RATES, Socket
+from serve.socket import MEDIA, RATES, Socket
 from serve.wire import FPS, RATE
 
 log = logging.getLogger("serve.front")
 
 PAGE = Path(__file__).parent / "page"
 PORTRAITS = PAGE / "portraits"
-TYPE = "https://liveavatar-jax.invalid/problems/"  # names, not addresses
 AUTHENTICATING = 10.0  # seconds that a socket may stay without a token
-BODY, SLOWEST = 30.0, 20_000  # seconds that a body may take, and one more for so many bytes
 PROTOCOL = "avatar.v1"
-
-
-class Consent(BaseModel):
-    """Who agreed that this face be used, when, and what proves it."""
-
-    model_config = ConfigDict(extra="forbid")
-    who: str = Field(min_length=1, max_length=200)
-    when: str = Field(min_length=4, max_length=64)
-    proof: str = Field(min_length=1, max_length=2000)
-
-
-class Face(BaseModel):
-    """A portrait: one of `GET /v1/presets`, or a picture of one's own in base64."""
-
-    model_config = ConfigDict(extra="forbid")
-    id: Annotated[str | None, Field(max_length=64)] = None
-    image: str | None = None
-    consent: Consent | None = None
-
-
-class Room(BaseModel):
-    """A room of LiveKit, and a token that lets the avatar in."""
-
-    model_config = ConfigDict(extra="forbid")
-    url: str = Field(max_length=500, pattern="^wss?://")
-    token: str = Field(max_length=8000)
-
-
-class Sound(BaseModel):
-    """What comes in over the WebSocket, unless its address says otherwise."""
-
-    model_config = ConfigDict(extra="forbid")
-    sample_rate: Literal[*RATES] = RATE  # type: ignore[valid-type]
-
-
-class Ends(BaseModel):
-    """Sooner than the server would end the session."""
-
-    model_config = ConfigDict(extra="forbid")
-    max_s: Annotated[float | None, Field(gt=0)] = None
-    idle_s: Annotated[float | None, Field(gt=0)] = None
-
-
-Note = Annotated[str, Field(max_length=512)]
-
-
-class Wanted(BaseModel):
-    """An avatar, wherever it is to appear."""
-
-    model_config = ConfigDict(extra="forbid")
-    avatar: Face = Field(default_factory=Face)
-    prompt: str = Field(PROMPT, min_length=1, max_length=CHARACTERS)
-    seed: int = Field(0, ge=0, lt=2**31)
-
-
-class Create(Wanted):
-    live: bool = False  # sound of a microphone, which never stops
-    idle: Idle = "generate"
-    size: Annotated[str, Field(max_length=16)] | None = None  # WIDTH*HEIGHT, if it must be that
-    input: Sound = Field(default_factory=Sound)
-    limits: Ends = Ends()
-    metadata: dict[Note, Note] = Field(default_factory=dict, max_length=16)  # comes back as it is
-    transport: Literal["any", "webrtc", "ws", "livekit"] = "any"  # all but rooms are always open
-    livekit: Room | None = None
 
 
 class Front:
@@ -323,7 +253,7 @@ def make(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="liveavatar-jax serve", version="1", lifespan=living, redoc_url=None)
     app.state.front = front
-    app.add_middleware(_Limited, most=settings.max_body)
+    app.add_middleware(Limited, most=settings.max_body)
     if settings.origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -331,91 +261,14 @@ def make(settings: Settings) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"],
             allow_headers=["authorization", "content-type"], expose_headers=["location", "link"],
         )  # fmt: skip
-    _answers(app)
+    handle(app)
     _operations(app, front)
     _sessions(app, front)
     _page(app, front)
     compatible = lite.make(front)
-    _answers(compatible, lite.problem)
+    handle(compatible, lite.problem)
     app.mount(lite.PATH, compatible)
     return app
-
-
-# ---- errors
-
-
-def _problem(status: int, kind: str, detail: str, after: float | None = None) -> JSONResponse:
-    said = {"type": TYPE + kind, "title": kind.replace("-", " "), "status": status,
-            "detail": detail, "retryable": after is not None}  # fmt: skip
-    headers = {} if after is None else {"retry-after": str(max(1, round(after)))}
-    if status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if status == 408:
-        headers["connection"] = "close"
-    return JSONResponse(said, status, headers, media_type="application/problem+json")
-
-
-def _answers(app: FastAPI, answer: Callable[..., Response] = _problem) -> None:
-    @app.exception_handler(Problem)
-    def problem(request: Request, error: Problem) -> Response:
-        return answer(error.status, error.kind, error.detail, error.after)
-
-    @app.exception_handler(Denied)
-    def denied(request: Request, error: Denied) -> Response:
-        return answer(401, "denied", str(error))
-
-    @app.exception_handler(LiveAvatarError)
-    def bad(request: Request, error: LiveAvatarError) -> Response:
-        return answer(400, "bad-input", str(error))
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return answer(422, "bad-input", f"{where}: {first['msg'].lower()}"[:300])
-
-    @app.exception_handler(HTTPException)
-    def other(request: Request, error: HTTPException) -> Response:
-        kind = {408: "too-slow", 413: "too-large"}.get(error.status_code, "http")
-        return answer(error.status_code, kind, str(error.detail))
-
-    @app.exception_handler(Exception)
-    def broken(request: Request, error: Exception) -> Response:
-        return answer(500, "broken", "something went wrong here; it is in the server's log")
-
-
-class _Limited:
-    """Refuses bodies of more than so many bytes, also those that do not say so; and those of which
-    too little comes, which would hold their line and their memory for ever."""
-
-    def __init__(self, app: Any, most: int):
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        detail = f"a request has at most {self.most} bytes"
-        claimed = dict(scope["headers"]).get(b"content-length", b"0")
-        if not claimed.isdigit() or int(claimed) > self.most:
-            await _problem(413, "too-large", detail)(scope, receive, send)
-            return
-        seen, more, begun = 0, True, asyncio.get_running_loop().time()
-
-        async def counted() -> Any:
-            nonlocal seen, more
-            try:
-                end = begun + BODY + seen / SLOWEST
-                async with asyncio.timeout_at(end if more else None):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the body of this request came too slowly") from None
-            seen, more = seen + len(message.get("body", b"")), message.get("more_body", False)
-            if seen > self.most:
-                raise HTTPException(413, detail)  # no other exception comes through FastAPI
-            return message
-
-        await self.app(scope, counted, send)
 
 
 # ---- routes

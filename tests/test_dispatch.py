@@ -23,7 +23,7 @@ from livekit.protocol.agent_dispatch import AgentDispatch
 
 from liveavatar_jax.types import LiveAvatarError
 from serve import agent as plugin
-from serve import dispatch, front, livekit
+from serve import asked, dispatch, front, livekit
 from serve.link import Health
 from serve.livekit import BEHALF, AvatarSession
 from serve.mock import Mock
@@ -294,7 +294,7 @@ async def test_a_server_registers_and_says_how_full_it_is(went, monkeypatch, cap
         assert not there.full and there.load == 0.0
         sessions = []
         for load in (0.5, 1.0):
-            sessions.append(await one.open(front.Wanted()))
+            sessions.append(await one.open(asked.Wanted()))
             await until(lambda load=load: there.load == load)
             assert there.full == (load == 1.0)
         one.sessions.close(sessions[0], "done")
@@ -345,7 +345,7 @@ async def test_the_words_are_those_of_the_workers_of_livekit_agents(went, monkey
 @in_loop
 async def test_the_busier_of_engine_and_front_counts_as_load(went, monkeypatch):
     async with fronts(None, {"slots": 4, "busy": 0.5}) as (one,):
-        await one.open(front.Wanted())
+        await one.open(asked.Wanted())
         [worker] = one.sessions.workers
         assert one.sessions.fullness >= 0.25
         monkeypatch.setattr(worker.work, "share", lambda *_: 0.4)
@@ -385,7 +385,7 @@ async def test_a_lost_line_is_taken_up_again_and_jobs_go_on(went, monkeypatch):
 async def test_a_job_is_a_session_of_the_machine_with_room(went, monkeypatch):
     async with livekits(monkeypatch) as server, fronts(server, {"slots": 2}, {"slots": 2}) as both:
         one, two = both
-        await one.open(front.Wanted())
+        await one.open(asked.Wanted())
         await until(lambda: member(server, one).load == 0.5)
         wanted = {"avatar": {"id": "ada"}, "prompt": "smiles", "seed": 7, "agent": "agent-7",
                   "identity": "ada-1"}  # fmt: skip
@@ -434,7 +434,7 @@ async def test_who_has_no_place_says_no_and_another_is_asked(why, went, monkeypa
         await asyncio.sleep(0.3)
         near = one.sessions.workers[0].link
         if why == "full":
-            await one.open(front.Wanted())
+            await one.open(asked.Wanted())
         elif why == "not ready":
             near.health = Health()
         elif why == "draining":
@@ -615,7 +615,7 @@ async def test_an_agent_gets_the_avatar_that_livekit_chooses_and_speaks_through_
     went, monkeypatch
 ):
     async with livekits(monkeypatch) as server, fronts(server, {}, {}) as (one, two):
-        await one.open(front.Wanted())
+        await one.open(asked.Wanted())
         await until(lambda: member(server, one).full)
         ours, tails = AvatarSession(dispatch="avatar", prompt="smiles"), []
         await ours.start(talker(tails), Hall("agent-7"), **keys(server))

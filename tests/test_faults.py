@@ -29,7 +29,7 @@ from aiortc import MediaStreamError, RTCConfiguration
 from liveavatar_jax import cli
 from liveavatar_jax.types import LiveAvatarError
 from serve import __main__ as command
-from serve import front, jobs, mock
+from serve import answers, jobs, mock
 from serve import socket as line_of
 from serve.clock import Shown, Timeline
 from serve.jobs import Jobs
@@ -201,7 +201,7 @@ GET = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
 @in_loop
 async def test_who_says_half_of_a_request_holds_nothing_for_long(monkeypatch):
     monkeypatch.setattr(command, "MUTE", 1.5)
-    monkeypatch.setattr(front, "BODY", 1.0)
+    monkeypatch.setattr(answers, "BODY", 1.0)
     async with serving(slots=2) as served, undisturbed(served):
         lines = served.server.server_state.connections
         length = POST + b"content-length: 5000\r\n\r\n"
@@ -223,8 +223,9 @@ async def test_who_says_half_of_a_request_holds_nothing_for_long(monkeypatch):
         assert time.monotonic() - begun < LONG / 2
         assert [len(x) for x in said[:4]] == [0] * 4
         assert said[4].count(b"HTTP/1.1 200") == 1
-        for answer in said[5:]:
-            assert answer.startswith(b"HTTP/1.1 408") and b"problems/too-slow" in answer
+        for one, answer in zip(slow, said[5:], strict=True):
+            if answer or not one.every:  # what comes after the end may cut the answer off
+                assert answer.startswith(b"HTTP/1.1 408") and b"problems/too-slow" in answer
         await until(lambda: all(not hasattr(x, "cycle") or x.cycle for x in lines))
         assert served.front.sessions.free == 1
 
@@ -240,8 +241,8 @@ async def test_headers_have_an_end():
 @in_loop
 async def test_who_is_slow_but_goes_on_is_heard(monkeypatch):
     monkeypatch.setattr(command, "MUTE", 1.0)
-    monkeypatch.setattr(front, "BODY", 1.0)
-    monkeypatch.setattr(front, "SLOWEST", 2000)
+    monkeypatch.setattr(answers, "BODY", 1.0)
+    monkeypatch.setattr(answers, "SLOWEST", 2000)
     async with serving() as served:
 
         async def drops() -> AsyncIterator[bytes]:
