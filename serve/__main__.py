@@ -16,11 +16,13 @@ import uvicorn
 
 from liveavatar_jax.types import LiveAvatarError
 from serve import front, settings
+from serve.lines import Paced
 
 MESSAGE = 1 << 20  # bytes of a WebSocket message
 GOODBYE = 2.0  # seconds in which those whose session ends are told why
 PING, PONG = 10.0, 10.0  # seconds between two pings of a WebSocket, and until who is silent is cut
 MUTE = 30.0  # seconds that a line may be open without a whole request
+LINES = 1000  # connections, and requests under way
 UNREAD = 30.0  # seconds that what was sent may go unread, before the kernel cuts the line
 
 
@@ -52,7 +54,7 @@ class Server(uvicorn.Server):
             app, chosen.host, chosen.port, log_config=None, ws_max_size=MESSAGE,
             ws_per_message_deflate=False, ws_ping_interval=PING, ws_ping_timeout=PONG,
             timeout_graceful_shutdown=5, http="h11",  # the other parser takes headers without end
-            **secured,
+            ws=Paced, limit_concurrency=LINES, **secured,
         ))  # fmt: skip
         self._drain, self._front = chosen.drain, app.state.front
         self._hurried = False

@@ -31,6 +31,7 @@ except ImportError:
 BEHALF = "lk.publish_on_behalf"  # attribute of an avatar: the identity of its agent
 COMES = 25.0  # seconds that an avatar may take into the room
 LOOK = 0.25  # seconds between two looks whether it is there
+KEYS = "say livekit_api_key and livekit_api_secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET"
 
 
 class AvatarSession(avatar.AvatarSession):
@@ -98,24 +99,37 @@ class AvatarSession(avatar.AvatarSession):
 
     async def _ask(self, agent: str) -> None:
         url, key, secret, room = self._place
-        token = api.AccessToken(key, secret).with_kind("agent")
+        try:
+            token = api.AccessToken(key, secret).with_kind("agent")
+        except ValueError:
+            raise LiveAvatarError(KEYS) from None
         token = token.with_identity(self._identity).with_attributes({BEHALF: agent})
         token = token.with_grants(api.VideoGrants(room_join=True, room=room)).to_jwt()
         place = {"transport": "livekit", "livekit": {"url": url, "token": token}}
         said = await self._call("POST", "/v1/sessions", self._wanted | place)
-        self._made = said["urls"]["session"]
+        try:
+            self._made = said["urls"]["session"]
+        except (KeyError, TypeError):
+            raise LiveAvatarError(f"what answers at {self._url} is no avatar server") from None
 
     async def _call(self, method: str, path: str, body: Any = None) -> Any:
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        async with (
-            aiohttp.ClientSession(headers=headers) as http,
-            http.request(method, self._url.rstrip("/") + path, json=body) as answer,
-        ):
-            said = await answer.json(content_type=None)
-            if answer.status >= 400:
-                detail = said.get("detail", answer.reason)
-                raise LiveAvatarError(f"the avatar server refuses ({answer.status}): {detail}")
-            return said
+        said = None
+        try:
+            async with (
+                aiohttp.ClientSession(headers=headers) as http,
+                http.request(method, self._url.rstrip("/") + path, json=body) as answer,
+            ):
+                with contextlib.suppress(ValueError):  # a page, of a proxy before it
+                    said = await answer.json(content_type=None)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            why = str(error) or "it does not answer in time"
+            raise LiveAvatarError(f"no avatar server answers at {self._url}: {why}") from None
+        if answer.status >= 400:
+            detail = said.get("detail") if isinstance(said, dict) else None
+            detail = detail or answer.reason
+            raise LiveAvatarError(f"the avatar server refuses ({answer.status}): {detail}")
+        return said
 
     # ---- of whichever LiveKit chooses
 
@@ -158,8 +172,7 @@ class AvatarSession(avatar.AvatarSession):
         try:
             server = api.LiveKitAPI(url, key, secret)
         except ValueError:
-            raise LiveAvatarError("say livekit_api_key and livekit_api_secret, or LIVEKIT_API_KEY "
-                                  "and LIVEKIT_API_SECRET") from None  # fmt: skip
+            raise LiveAvatarError(KEYS) from None
         try:
             async with server:
                 yield server

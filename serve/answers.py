@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from liveavatar_jax.types import LiveAvatarError
@@ -35,7 +36,7 @@ def handle(app: FastAPI, answer: Callable[..., Response] = told) -> None:
 
     @app.exception_handler(Denied)
     def denied(request: Request, error: Denied) -> Response:
-        return answer(401, "denied", str(error))
+        return answer(403 if error.known else 401, "denied", str(error))
 
     @app.exception_handler(LiveAvatarError)
     def bad(request: Request, error: LiveAvatarError) -> Response:
@@ -50,7 +51,9 @@ def handle(app: FastAPI, answer: Callable[..., Response] = told) -> None:
     @app.exception_handler(HTTPException)
     def other(request: Request, error: HTTPException) -> Response:
         kind = {408: "too-slow", 413: "too-large"}.get(error.status_code, "http")
-        return answer(error.status_code, kind, str(error.detail))
+        said = answer(error.status_code, kind, str(error.detail))
+        said.headers.update(error.headers or {})
+        return said
 
     @app.exception_handler(Exception)
     def broken(request: Request, error: Exception) -> Response:
@@ -58,14 +61,26 @@ def handle(app: FastAPI, answer: Callable[..., Response] = told) -> None:
 
 
 class Limited:
-    """Refuses bodies of more than so many bytes, also those that do not say so; and those of which
-    too little comes, which would hold their line and their memory for ever."""
+    """Refuses who may not ask before anything of a body is read; bodies of more than so many bytes,
+    also those that do not say so; and those of which too little comes, which would hold their line
+    and their memory for ever. may: raises Problem or Denied for a method, a path and headers."""
 
-    def __init__(self, app: Any, most: int):
-        self.app, self.most = app, most
+    def __init__(self, app: Any, most: int, may: Callable[[str, str, Headers], None]):
+        self.app, self.most, self.may = app, most, may
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        try:
+            self.may(scope.get("method", "WS"), scope["path"], Headers(scope=scope))
+        except Denied as error:
+            await told(401, "denied", str(error))(scope, receive, send)
+            return
+        except Problem as error:
+            await told(error.status, error.kind, error.detail, error.after)(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
             await self.app(scope, receive, send)
             return
         detail = f"a request has at most {self.most} bytes"

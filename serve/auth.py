@@ -17,7 +17,11 @@ ALGORITHM, ISSUER = "HS256", "avatar-serve"
 
 
 class Denied(Exception):
-    """No key, or one that is not good for this; in one sentence."""
+    """No key, or one that is not good for this; in one sentence. known: whose it is is known."""
+
+    def __init__(self, detail: str, known: bool = False):
+        super().__init__(detail)
+        self.known = known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +34,9 @@ class Grant:
     def check(self, session: str, *, speak: bool = True) -> None:
         """Raises Denied where the caller has no business with a session."""
         if self.session not in (None, session):
-            raise Denied("this token is another session's")
+            raise Denied("this token is another session's", known=True)
         if speak and self.role == "viewer":
-            raise Denied("this token is for watching only")
+            raise Denied("this token is for watching only", known=True)
 
 
 class Auth:

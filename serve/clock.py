@@ -28,6 +28,7 @@ from serve.wire import FPS, PER_FRAME, RATE, Block
 QUIET = 60  # of int16, RMS: what a live microphone may say without being somebody who speaks
 PIECE = RATE // 50  # of live sound that is dropped at once when it lags and is quiet
 LAG = RATE // 2  # of live sound that is behind by more than it must, before quiet is dropped
+ENDS = 100  # speeches that may wait
 LATE = 0.2  # seconds that the clock catches up with; more are a stall
 LOOP = 75  # frames of silence that are shown again and again, there and back
 FADE = 5  # frames from them to what is new
@@ -140,12 +141,17 @@ class Timeline:
             self.dropped += len(samples) - len(kept)
             samples = kept
         if len(samples):
-            self._waiting.append(samples)
             self.waiting += len(samples)
             self.came += len(samples)
+            if self._waiting and len(self._waiting[-1]) < PER_FRAME:  # crumbs are kept together
+                samples = np.concatenate([self._waiting.pop(), samples])
+            self._waiting.append(samples)
 
     def end(self) -> None:
-        """What came is all of this speech; it need not wait for more."""
+        """What came is all of this speech; it need not wait for more. Raises Overflow when too many
+        wait."""
+        if len(self._ends) >= ENDS:
+            raise Overflow(f"{ENDS} speeches wait already; send no more before some were said")
         if rest := self.waiting - sum(self._ends):
             self._ends.append(rest)
         elif self._speaking is not None and not self._ends:

@@ -204,8 +204,8 @@ def run(pipe: Pipe, make: Any) -> None:
                 return
             engine.hear(message)
             wait = False
-            if isinstance(message, Open):
-                break  # those who are there get their blocks before the next one is opened
+            if isinstance(message, Open | Change):
+                break  # those who are there get their blocks before more of what takes its time
         busy = engine.tick()
 
 

@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import ipaddress
 import json
 import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import (
     Depends,
@@ -27,6 +29,7 @@ from fastapi import (
 )
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import Headers
 
 from liveavatar_jax.data import marks
 from serve import jobs, lite, rtc
@@ -46,6 +49,9 @@ log = logging.getLogger("serve.front")
 
 PAGE = Path(__file__).parent / "page"
 PORTRAITS = PAGE / "portraits"
+LEAVES = 5.0  # seconds that rooms have to be left
+SMALL = 20_000  # bytes of a request of the LITE kind
+BACKEND = Grant()
 AUTHENTICATING = 10.0  # seconds that a socket may stay without a token
 PROTOCOL = "avatar.v1"
 
@@ -94,11 +100,39 @@ class Front:
         if (wait := self.asked.take(f"{what} {address}", time.monotonic())) > 0:
             raise Problem(429, "too-many-requests", f"fewer {what} a second, please", wait)
 
+    def may(self, method: str, path: str, headers: Headers) -> None:
+        """Raises Denied, or Problem, for requests of which not even the body is read. A server
+        without keys is this machine's alone, but pages from anywhere run in its browsers."""
+        settings, host = self.settings, headers.get("host", "")
+        if settings.keys:
+            if method == "POST" and path in ("/v1/sessions", "/v1/videos"):
+                self.auth.backend(headers.get("authorization"))
+            claimed = headers.get("content-length", "0")
+            if path.startswith(lite.PATH) and claimed.isdigit() and int(claimed) > SMALL:
+                raise Problem(413, "too-large", f"a request has at most {SMALL} bytes here")
+            return
+        known = {place(origin) for origin in settings.origins}
+        name = place(f"//{host}", port=False)
+        if host not in known and name != settings.host and not local(name):
+            detail = (f"this server has no keys and answers to this machine alone; to let "
+                      f"{name[:64]!r} in, name it in origins")  # fmt: skip
+            raise Problem(403, "foreign-host", detail)
+        origin = headers.get("origin")
+        if (
+            origin
+            and method not in ("GET", "HEAD", "OPTIONS")
+            and (place(origin) not in known | {host})
+        ):
+            detail = f"pages of {origin[:64]!r} may not call; name them in origins"
+            raise Problem(403, "foreign-origin", detail)
+
     async def create(self, wanted: Create) -> dict[str, Any]:
         """A session: what its caller is told. Raises Problem."""
         if (wanted.transport == "livekit") != (wanted.livekit is not None):
             detail = "transport livekit and livekit {url, token} go together"
             raise Problem(422, "bad-input", detail)
+        if wanted.livekit is not None and (wanted.live or wanted.idle != "generate"):
+            raise Problem(422, "bad-input", "in a room, live is false and idle is generate")
         if wanted.size is not None and (ready := self.sessions.ready) is not None:
             only = f"{ready.width}*{ready.height}"
             if wanted.size != only:
@@ -139,7 +173,8 @@ class Front:
         joined.add_done_callback(self.rooms.discard)
         return joined
 
-    def told(self, session: Session) -> dict[str, Any]:
+    def told(self, session: Session, grant: Grant = BACKEND) -> dict[str, Any]:
+        """What a caller is told; who only watches is told less."""
         ready, limits = session.ready, session.limits
         frame_ms = 1000 / FPS
         return {
@@ -152,8 +187,11 @@ class Front:
             "block_ms": round(ready.frames * frame_ms),
             "ahead_ms": round(1000 * ready.ahead / RATE),
             "input": {"sample_rate": session.rate},
-            "metadata": session.metadata,
-            "prompt": session.prompt,
+            **(
+                {}
+                if grant.role == "viewer"
+                else {"metadata": session.metadata, "prompt": session.prompt}
+            ),
             "idle": session.timeline.idle,
             "lookahead_blocks": session.lookahead,
             "limits": {"max_s": limits.longest, "idle_s": limits.idle, "grace_s": limits.grace},
@@ -224,6 +262,23 @@ class Front:
             raise Problem(400, "bad-input", "avatar.image is a picture file in base64") from None
 
 
+def place(address: str, port: bool = True) -> str:
+    """Host and port of an address; empty where it is none."""
+    try:
+        found = urlsplit(address)
+        return (found.netloc if port else found.hostname) or ""
+    except ValueError:
+        return ""
+
+
+def local(name: str) -> bool:
+    """Whether a host's name is this machine's own."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
 def agreed(consent: Consent, face: bytes, **of: str) -> None:
     """Keeps the record of a consent: in the log, with the portrait's hash and what it is for."""
     record = consent.model_dump() | {"face": hashlib.sha256(face).hexdigest()} | of
@@ -245,7 +300,9 @@ def make(settings: Settings) -> FastAPI:
         yield
         await front.sessions.drain(0.0)
         await front.rtc.close()
-        await asyncio.gather(*front.rooms)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVES):
+                await asyncio.gather(*front.rooms)
         if front.dispatch is not None:
             await front.dispatch.leave()
         task.cancel()
@@ -253,13 +310,14 @@ def make(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="liveavatar-jax serve", version="1", lifespan=living, redoc_url=None)
     app.state.front = front
-    app.add_middleware(Limited, most=settings.max_body)
+    app.add_middleware(Limited, most=settings.max_body, may=front.may)
     if settings.origins:
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"],
-            allow_headers=["authorization", "content-type"], expose_headers=["location", "link"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["location", "link", "etag", "retry-after"],
         )  # fmt: skip
     handle(app)
     _operations(app, front)
@@ -349,9 +407,9 @@ def _sessions(app: FastAPI, front: Front) -> None:
         return said
 
     @app.get("/v1/sessions/{session}")
-    async def show(session: str, _: Caller) -> dict[str, Any]:
+    async def show(session: str, grant: Caller) -> dict[str, Any]:
         found = sessions.get(session)
-        return front.told(found) | {"stats": found.stats()}
+        return front.told(found, grant) | {"stats": found.stats()}
 
     @app.delete("/v1/sessions/{session}")
     async def delete(session: str, grant: Caller) -> dict[str, Any]:
@@ -379,7 +437,7 @@ def _sessions(app: FastAPI, front: Front) -> None:
                               f"{', '.join(map(str, RATES))}")  # fmt: skip
             found = sessions.get(session)
             socket = Socket(ws, found, media, rate or found.rate, grant.role != "viewer")
-            socket.tell({"type": "session.ready", **front.told(found), "epoch":
+            socket.tell({"type": "session.ready", **front.told(found, grant), "epoch":
                          found.timeline.epoch})  # fmt: skip
             await socket.run()
         except Denied as error:
@@ -423,7 +481,8 @@ def _page(app: FastAPI, front: Front) -> None:
         return HTMLResponse((PAGE / "index.html").read_text(), headers={
             "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
             "media-src 'self' blob: mediastream:; style-src 'self' 'unsafe-inline'; "
-            "script-src 'self' 'unsafe-inline' blob:; connect-src 'self' ws: wss:",
+            "script-src 'self' 'unsafe-inline' blob:; connect-src 'self' ws: wss:; "
+            "frame-ancestors 'none'",
             "permissions-policy": "microphone=(self)",
             "referrer-policy": "no-referrer",
         })  # fmt: skip

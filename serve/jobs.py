@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,9 @@ LONGEST = 600  # seconds of a recording
 KEPT = 24 * 3600.0  # seconds that a finished job stays
 WAITING = 32  # jobs
 GUESSED = ("mp3", "aac")  # formats whose length may be a guess, from the bytes of a second
+# What a command says around what went wrong, and which is not so of a job.
+KEEPS = re.compile(r"^[\w-]+: |; its beginning is kept and plays$|; nothing is kept$|"
+                   r"; [^;]*draft\.mp4 is there, but not signed$")  # fmt: skip
 NAME = re.compile(r"video_[A-Za-z0-9_-]{12}")
 
 
@@ -71,22 +75,40 @@ class Jobs:
         self._settings = settings
         self.folder = Path(settings.jobs or tempfile.mkdtemp(prefix="avatar-jobs-"))
         self._passing = not settings.jobs
-        self._all: dict[str, Job] = {}
+        self._all: dict[str, Job] = {}  # changed in the loop alone
+        self._looked_at = 0  # not in it yet
+        self._thread = ThreadPoolExecutor(1, "jobs")  # others encode what is shown live
         self._more = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._running: str | None = None
 
     # ---- what callers do
 
-    def add(self, portrait: bytes, recording: bytes, prompt: str, seed: int) -> Job:
+    async def add(self, portrait: bytes, recording: bytes, prompt: str, seed: int) -> Job:
         """Raises LiveAvatarError for what is no portrait or no recording, Problem when full."""
-        if sum(job.status in ("queued", "in_progress") for job in self._all.values()) >= WAITING:
+        waiting = [job for job in self.list() if job.status in ("queued", "in_progress")]
+        if len(waiting) + self._looked_at >= WAITING:
             raise Problem(429, "queue-full", f"{WAITING} videos are waiting already", 60.0)
         if "\0" in prompt:  # no command can be told that
             raise LiveAvatarError("prompt has a character that is no text (U+0000); leave it out")
-        picture = checked(portrait)
-        name = f"video_{secrets.token_urlsafe(9)}"
-        at = self.folder / name
+        name, loop = f"video_{secrets.token_urlsafe(9)}", asyncio.get_running_loop()
+        self._looked_at += 1
+        try:
+            job = await loop.run_in_executor(
+                self._thread, self._take, name, portrait, recording, prompt, seed
+            )
+        except asyncio.CancelledError:  # the one thread does it after what it is at
+            self._thread.submit(shutil.rmtree, self.folder / name, ignore_errors=True)
+            raise
+        finally:
+            self._looked_at -= 1
+        self._all[name] = job
+        self._more.set()
+        return dataclasses.replace(job)  # as it is now: the queue may take it at once
+
+    def _take(self, name: str, portrait: bytes, recording: bytes, prompt: str, seed: int) -> Job:
+        """Looks at what was sent, and keeps it."""
+        picture, at = checked(portrait), self.folder / name
         try:
             at.mkdir(parents=True, mode=0o700)
             Image.fromarray(picture).save(at / "portrait.png")
@@ -94,6 +116,7 @@ class Jobs:
             job = Job(name, prompt, f"{_seconds(at / 'recording'):.2f}", round(time.time()),
                       seed=seed, model=Path(self._settings.weights or "puppet").name)  # fmt: skip
             self._keep(job)
+            return job
         except OSError as error:
             shutil.rmtree(at, ignore_errors=True)
             detail = f"jobs cannot be kept: {str(error.strerror).lower()}"
@@ -101,19 +124,15 @@ class Jobs:
         except LiveAvatarError as error:
             shutil.rmtree(at, ignore_errors=True)
             raise LiveAvatarError(_said(str(error))) from None
-        self._all[name] = job
-        asked = dataclasses.replace(job)  # as it is now: the queue may take it at once
-        self._more.set()
-        return asked
 
     def list(self) -> list[Job]:
-        return sorted(self._all.values(), key=lambda job: -job.created_at)
+        return sorted(list(self._all.values()), key=lambda job: -job.created_at)
 
     def get(self, name: str) -> Job:
         """Raises Problem when there is none of that id."""
-        if name not in self._all:
+        if (job := self._all.get(name)) is None:
             raise Problem(404, "no-such-video", "there is no video of this id")
-        return self._all[name]
+        return job
 
     def file(self, name: str) -> Path:
         """Raises Problem until it is complete."""
@@ -135,11 +154,11 @@ class Jobs:
 
     async def run(self) -> None:
         """One job after another, until cancelled."""
-        await asyncio.to_thread(self._find)
+        self._all = await asyncio.to_thread(self._find) | self._all
         try:
             while True:
                 self._forget()
-                queued = [job for job in self._all.values() if job.status == "queued"]
+                queued = [job for job in self.list() if job.status == "queued"]
                 if queued:
                     job = min(queued, key=lambda job: job.created_at)
                     try:
@@ -164,10 +183,10 @@ class Jobs:
 
     async def _make(self, job: Job) -> None:
         job.status, self._running, at = "in_progress", job.id, self.folder / job.id
+        settings = self._settings
         words = ["generate", "--image", at / "portrait.png", "--audio", at / "recording",
                  f"--prompt={job.prompt}", "--seed", job.seed,
-                 "--out", at / "draft.mp4"]  # fmt: skip
-        settings = self._settings
+                 "--out", at / "draft.mp4", *_sized(settings)]  # fmt: skip
         for name in ("weights", "device", "mesh", "fake_devices", "quantise", "certificate",
                      "certificate_key"):  # fmt: skip
             if value := getattr(settings, name):
@@ -176,7 +195,7 @@ class Jobs:
         command = [sys.executable, "-m", "liveavatar_jax.cli", *map(str, words)]
         starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
+            start_new_session=True, env=os.environ | settings.sees(0),
         ))  # fmt: skip
         try:
             await asyncio.shield(starting)
@@ -221,8 +240,9 @@ class Jobs:
             draft.unlink(missing_ok=True)
             raise
 
-    def _find(self) -> None:
+    def _find(self) -> dict[str, Job]:
         """Jobs of a server before this one; what was cut off begins anew."""
+        found = {}
         for path in self.folder.glob("video_*/job.json"):
             try:
                 job = Job(**json.loads(path.read_text()))
@@ -231,10 +251,11 @@ class Jobs:
             if NAME.fullmatch(job.id) and job.id == path.parent.name:
                 if job.status == "in_progress":
                     job.status, job.progress = "queued", 0
-                self._all[job.id] = job
+                found[job.id] = job
+        return found
 
     def _forget(self) -> None:
-        for job in list(self._all.values()):
+        for job in self.list():
             if job.expires_at is not None and job.expires_at < time.time():
                 del self._all[job.id]
                 shutil.rmtree(self.folder / job.id, ignore_errors=True)
@@ -274,8 +295,17 @@ def _claimed(recording: Path) -> float:
 def _said(line: str) -> str:
     """The sentence of a command that refuses, without the paths of this machine, and without what
     it keeps: a job that fails keeps nothing."""
-    line = re.sub(r"^[\w-]+: |; its beginning is kept and plays$|; nothing is kept$", "", line)
+    line = KEEPS.sub("", line)
     return re.sub(r"/\S+/(portrait\.png|recording|draft\.mp4)", r"\1", line)
+
+
+def _sized(settings: "Settings") -> list[str]:
+    """As engines have it, which make nothing of a size where the model knows but one."""
+    known = True  # of the puppet
+    if settings.weights:
+        with contextlib.suppress(OSError, ValueError):  # the command says what is wrong there
+            known = json.loads((Path(settings.weights) / "config.json").read_text()).get("size")
+    return [] if known else ["--size", settings.size]
 
 
 def _size(video: Path) -> str:
@@ -316,7 +346,7 @@ def routes(
             portrait = await input_reference.read()
         else:
             portrait = face(avatar)
-        job = await asyncio.to_thread(jobs.add, portrait, await audio.read(), prompt, seed)
+        job = await jobs.add(portrait, await audio.read(), prompt, seed)
         if record is not None:
             agreed(record, portrait, video=job.id)
         return job

@@ -141,7 +141,8 @@ class Link:
                 self.health.heard = time.monotonic()
             ready = self.health.state == "ready"
             silent = time.monotonic() - self.health.heard
-            if silent > (self.hangs if ready else self.starts):
+            opening = 0.0 if self.health.ready is None else self.health.ready.opening
+            if silent > (max(self.hangs, 3 * opening) if ready else self.starts):
                 return f"it has not answered for {silent:.0f} s"
             if ready:
                 number += 1

@@ -41,6 +41,8 @@ JOINS = 15.0  # seconds that joining a room may take
 FAREWELL = 0.5  # seconds for the last messages to the agent
 NOTHING = np.zeros(0, np.int16)
 
+leaving: set[asyncio.Task[None]] = set()  # rooms that were given up
+
 
 class Sound(rtc.AudioFrame):
     """Sound of a frame. Its `duration` is that of the speech in it, without the silence: runners
@@ -66,6 +68,8 @@ class AvatarGenerator(avatar.VideoGenerator):
     """A session as livekit-agents has it, and a `Viewer` of the session. Each picture is followed
     by its sound, silence too. drop: forgets what was taken and is not played, and says how many
     seconds of sound that was. elsewhere: speech comes to the session another way."""
+
+    speaks = True
 
     def __init__(
         self, session: Session, drop: Callable[[], float] = lambda: 0.0, elsewhere: bool = False
@@ -192,7 +196,8 @@ class AvatarGenerator(avatar.VideoGenerator):
     def interrupt(self) -> None:
         """By the agent, which sends nothing more of what it interrupts. Iteration says what became
         of each segment."""
-        self._session.interrupt()
+        with contextlib.suppress(Problem):  # so many that one more would change nothing
+            self._session.interrupt()
         self._deaf = False
 
     def leave(self) -> None:
@@ -353,13 +358,22 @@ async def join(
     session: Session, url: str, token: str, *, elsewhere: bool = False
 ) -> asyncio.Task[None]:
     """Takes a session into a room; the task ends when it is out of it. elsewhere: its speech does
-    not come from there. Raises Problem."""
+    not come from there. Raises Problem, which does not say why: it would tell callers what answers
+    at addresses that they cannot reach."""
     room = rtc.Room()
+    options = rtc.RoomOptions(auto_subscribe=False, connect_timeout=JOINS)
+    connecting = asyncio.create_task(room.connect(url, token, options))
     try:
-        options = rtc.RoomOptions(auto_subscribe=False)
-        await asyncio.wait_for(room.connect(url, token, options), JOINS)
-    except (rtc.ConnectError, TimeoutError) as error:
-        raise Problem(502, "no-room", f"the room cannot be joined: {error}"[:300], 5.0) from None
+        await asyncio.wait_for(asyncio.shield(connecting), JOINS)
+    except BaseException as error:
+        task = asyncio.create_task(_leave(room, connecting))
+        leaving.add(task)
+        task.add_done_callback(leaving.discard)
+        if not isinstance(error, (rtc.ConnectError, TimeoutError)):
+            raise
+        why = (str(error) or f"not within {JOINS:.0f} s").replace(token, "(the token)")[:300]
+        log.warning("a room cannot be joined", extra={"about": {"url": url, "why": why}})
+        raise Problem(502, "no-room", "the room cannot be joined", 5.0) from None
     agent = room.local_participant.attributes.get(BEHALF)
     try:
         heard = functools.partial(avatar.DataStreamAudioReceiver, room, sender_identity=agent)
@@ -368,3 +382,10 @@ async def join(
     except BaseException:
         await room.disconnect()
         raise
+
+
+async def _leave(room: rtc.Room, connecting: asyncio.Task[None]) -> None:
+    """A connection that was cancelled would come about all the same, and nobody would end it."""
+    with contextlib.suppress(Exception):
+        await connecting
+        await room.disconnect()

@@ -1,6 +1,7 @@
 """Pictures in and out of the front: portraits that callers send, frames as JPEG or MP4."""
 
 import io
+import threading
 from fractions import Fraction
 
 import av
@@ -73,7 +74,7 @@ class Movie:
     `frames`, so one may follow another in a stream; two are left for AAC, which begins early."""
 
     def __init__(self, height: int, width: int, frames: int = 2):
-        self._out = _Bytes()
+        self._out, self._lock, self._closed = _Bytes(), threading.Lock(), False
         options = {
             "movflags": "empty_moov+default_base_moof+frag_discont", "avoid_negative_ts":
             "disabled", "frag_duration": str(FRAGMENT),
@@ -89,6 +90,17 @@ class Movie:
 
     def add(self, frame: np.ndarray, samples: np.ndarray) -> bytes:
         """What there is to send after this frame; often nothing."""
+        with self._lock:
+            return b"" if self._closed else self._add(frame, samples)
+
+    def close(self) -> None:
+        """It holds threads and memory until then."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._file.close()
+
+    def _add(self, frame: np.ndarray, samples: np.ndarray) -> bytes:
         picture = av.VideoFrame.from_ndarray(frame, "rgb24")
         picture.pts = self.frames
         sound = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
@@ -101,6 +113,7 @@ class Movie:
 
     def again(self) -> "Movie":
         """The next one, without what this one holds back."""
+        self.close()
         return Movie(self._video.height, self._video.width, self.frames)
 
 

@@ -145,7 +145,7 @@ class Call:
     watching = True
 
     def __init__(self, session: Session, speaks: bool, servers: RTCConfiguration):
-        self.id, self._session, self._speaks = secrets.token_urlsafe(9), session, speaks
+        self.id, self._session, self.speaks = secrets.token_urlsafe(9), session, speaks
         self.peer = RTCPeerConnection(servers)
         self._video, self._audio = Out("video"), Out("audio")
         self._at, self._begun = 0, 0.0
@@ -218,7 +218,7 @@ class Call:
                 transceiver.direction = "sendonly"
             else:
                 transceiver.sender.replaceTrack(self._audio)
-                transceiver.direction = "sendrecv" if self._speaks else "sendonly"
+                transceiver.direction = "sendrecv" if self.speaks else "sendonly"
                 vars(transceiver.receiver)["_RTCRtpReceiver__jitter_buffer"] = Onward()
         await self.peer.setLocalDescription(await self.peer.createAnswer())
 
@@ -283,7 +283,7 @@ class Call:
             await self.hang_up()
 
     def _track(self, track: MediaStreamTrack) -> None:
-        if track.kind == "audio" and self._speaks:
+        if track.kind == "audio" and self.speaks:
             self._listening = asyncio.ensure_future(self._listen(track))
 
     async def _listen(self, track: MediaStreamTrack) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from serve.auth import Bucket
 from serve.clock import Clock, Idle, Overflow, Shown, Timeline, publish
 from serve.headroom import Work
 from serve.link import Link
@@ -31,7 +32,9 @@ from serve.wire import (
 log = logging.getLogger("serve.session")
 
 PAUSE = 1.0  # seconds after which what came is all of a speech, where less than a block of it did
+LINES = 6  # of who speaks: events, a call, and those of before that are not gone yet
 WARNING = 30.0  # seconds before the end that `session.expiring` comes
+CLEARS = 2.0  # interrupts a second; ten times as many at once
 MARGIN = (0.16, 0.8)  # seconds before the picture runs out that silence is asked for, within
 
 Mark = Callable[[np.ndarray], np.ndarray]  # what is drawn into each frame
@@ -74,6 +77,7 @@ class Viewer(Protocol):
     """Somebody who watches or speaks. No call waits: who is slow loses frames, or leaves."""
 
     watching: bool  # whether frames are wanted, or events alone
+    speaks: bool  # or may only watch
 
     def show(self, shown: Shown) -> None: ...
     def tell(self, event: dict[str, Any]) -> None: ...
@@ -88,6 +92,7 @@ class Worker:
     link: Link
     held: set[str] = dataclasses.field(default_factory=set)
     work: Work = dataclasses.field(default_factory=Work)
+    opening: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one at a time
 
     @property
     def ready(self) -> Ready | None:
@@ -124,17 +129,23 @@ class Session:
             ready.frames, ready.ahead, lookahead=self.lookahead, live=live, idle=idle,
             limit=limits.speech,
         )  # fmt: skip
+        if ready.delay:  # as long as a block may take; it becomes less once that is known
+            self.timeline.margin = self._most
         self.state, self.reason = "opening", ""
         self.viewers: list[Viewer] = []
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.begun = self.heard = self.seen = clock.now()  # created; last speech; last viewer
+        # Created; opened; last speech; last viewer.
+        self.begun = self.since = self.heard = self.seen = clock.now()
         self.stalls = 0.0
         self.turns: collections.deque[float] = collections.deque(maxlen=100)
-        self.warned = False
+        self._warned: set[str] = set()  # of which ends
+        self.turned = 0  # turns
         self._clock = clock
         self._asked: collections.deque[float] = collections.deque()
         self._arrived = 0.0  # when the last block did
-        self._prompts: collections.deque[str] = collections.deque()  # not in force yet
+        self._changing: str | None = None  # the prompt that the engine is told
+        self._wanted: str | None = None  # the one after it
+        self._clears = Bucket(CLEARS, 10 * CLEARS)
         # Of the last blocks: their first sample, when they were asked for, and when they came.
         self._blocks: collections.deque[tuple[int, float, float]]
         self._blocks = collections.deque(maxlen=self.lookahead + 4)
@@ -148,6 +159,11 @@ class Session:
     def lookahead(self) -> int:
         """Blocks that may be ahead of what is shown; those in the stages of a pipeline beside."""
         return self.limits.lookahead + self.ready.delay
+
+    @property
+    def _most(self) -> float:
+        """Seconds before the picture runs out that silence is asked for, at most."""
+        return MARGIN[1] + self.ready.delay * self.timeline.block / RATE
 
     # ---- what a caller does
 
@@ -167,8 +183,11 @@ class Session:
             self.heard = now
 
     def end(self) -> None:
-        """What was sent is all of this speech."""
-        self.timeline.end()
+        """What was sent is all of this speech. Raises Problem when too many wait."""
+        try:
+            self.timeline.end()
+        except Overflow as error:
+            raise Problem(429, "too-far-ahead", str(error), 1.0) from None
 
     def keep(self) -> None:
         """Nobody speaks, but somebody will."""
@@ -180,7 +199,10 @@ class Session:
             self.end()
 
     def interrupt(self) -> None:
-        """Nothing of what was said before is shown after this."""
+        """Nothing of what was said before is shown after this. Raises Problem when it comes too
+        often: each makes the engine begin a block anew, and its other sessions wait for that."""
+        if (wait := self._clears.take("", self._clock.now())) > 0:
+            raise Problem(429, "too-fast", "fewer interrupts a second, please", wait)
         begun, played = self._clock.now(), self.timeline.clear()
         self.worker.link.send(Clear(self.id, self.timeline.epoch))
         self._asked.clear()
@@ -202,20 +224,27 @@ class Session:
             raise Problem(409, "bad-input", "in a room, idle is generate")
         self.timeline.idle = idle or self.timeline.idle
         if prompt is not None:
-            self.worker.link.send(Change(self.id, prompt))
-            self._prompts.append(prompt)
+            self._wanted = prompt  # one is on its way at a time, for each keeps the engine busy
+            if self._changing is None:
+                self._change()
         elif idle is not None:
             self._updated(self.timeline.made)
+
+    def _change(self) -> None:
+        self._changing, self._wanted = self._wanted, None
+        if self._changing is not None:
+            self.worker.link.send(Change(self.id, self._changing))
 
     def _updated(self, at_sample: int) -> None:
         self.tell("session.updated", prompt=self.prompt, idle=self.timeline.idle,
                   at_sample=at_sample)  # fmt: skip
 
     def join(self, viewer: Viewer) -> None:
-        """Raises Problem when too many watch."""
+        """Raises Problem when too many watch; they take no place of who speaks."""
         if self.state == "closed":
             raise Problem(410, "session-closed", f"the session has ended: {self.reason}")
-        if len(self.viewers) >= self.limits.viewers + 2:  # and who speaks, and who listens
+        alike = sum(x.speaks == viewer.speaks for x in self.viewers)
+        if alike >= (LINES if viewer.speaks else self.limits.viewers):
             raise Problem(429, "too-many-viewers", "as many watch as may", 5.0)
         self.viewers.append(viewer)
         self.seen = self._clock.now()
@@ -234,11 +263,13 @@ class Session:
 
     def hear(self, message: Opened | Changed | Block) -> None:
         if isinstance(message, Changed):
-            self.prompt = self._prompts.popleft()
+            self.prompt = self._changing or self.prompt
+            self._change()
             current = message.epoch == self.timeline.epoch
             self._updated(message.first + self.timeline.again if current else 0)
             return
         if isinstance(message, Opened):
+            self.since = self.heard = self.seen = self._clock.now()
             self._become("ready")
             if not self.opened.done():
                 self.opened.set_result(None)
@@ -251,13 +282,12 @@ class Session:
         if message.epoch == self.timeline.epoch and self._asked:
             asked = self._asked.popleft()
             self._blocks.append((message.first + self.timeline.again, asked, now))
-            low, high = MARGIN
+            low = MARGIN[0]
             if self.ready.delay:  # its way through the stages, on which others are before it
-                block = self.timeline.block / RATE
-                wanted = min(high + self.ready.delay * block, 0.08 + 1.2 * (now - asked))
+                wanted = min(self._most, 0.08 + 1.2 * (now - asked))
             else:  # without its wait in a queue
                 took = now - max(asked, self._arrived)
-                wanted = min(high, max(low, 0.08 + 1.5 * took))
+                wanted = min(self._most, max(low, 0.08 + 1.5 * took))
             # Up at once, down slowly: an engine that was late once may be so again.
             self.timeline.margin = max(wanted, 0.95 * self.timeline.margin)
         self._arrived = now
@@ -299,6 +329,7 @@ class Session:
         began, now = self._since(source), self._clock.now()
         _, asked, came = next(block for block in reversed(self._blocks) if block[0] <= at_sample)
         self.turns.append(now - began)
+        self.turned += 1
         self.metrics.turn.observe(now - began)
         spent = {"turn": now - began, "fill": asked - began, "make": came - asked,
                  "clock": now - came}  # fmt: skip
@@ -344,22 +375,26 @@ class Session:
     def overdue(self) -> str | None:
         """The reason for which it is over, if it is; warns before."""
         now, limits = self._clock.now(), self.limits
+        if self.state == "opening":
+            return None
         if self._task is not None and self._task.done():
             return "engine"
         if self.timeline.speaking:
             self.heard = now
         left = {
-            "too_long": self.begun + limits.longest - now,
+            "too_long": self.since + limits.longest - now,
             "idle": self.heard + limits.idle - now,
             "left": limits.grace if self.viewers else self.seen + limits.grace - now,
         }
         reason, soonest = min(left.items(), key=lambda item: item[1])
         if soonest <= 0:
             return reason
-        expiring = [why for why in ("too_long", "idle") if left[why] < WARNING]
-        if expiring and not self.warned:
-            self.tell("session.expiring", in_s=round(soonest), why=expiring[0])
-        self.warned = bool(expiring)
+        for why, limit in (("too_long", limits.longest), ("idle", limits.idle)):
+            if left[why] >= min(WARNING, max(2.0, limit / 2)):
+                self._warned.discard(why)
+            elif self.viewers and why not in self._warned:
+                self._warned.add(why)
+                self.tell("session.expiring", in_s=round(left[why]), why=why)
         return None
 
     def finish(self, reason: str, detail: str = "") -> None:
@@ -371,7 +406,8 @@ class Session:
         if self._task is not None:
             self._task.cancel()
         if not self.opened.done():
-            self.opened.set_exception(Problem(503, "engine-fault", detail or reason, 5.0))
+            kind = "engine-fault" if reason == "engine" else reason.replace("_", "-")
+            self.opened.set_exception(Problem(503, kind, detail or reason, 5.0))
             self.opened.exception()  # it may be that nobody waits for it any more
         for viewer in list(self.viewers):
             viewer.close(reason)
@@ -385,5 +421,5 @@ class Session:
         log.info("session ended", extra={"about": {
             "reason": reason, "seconds": round(seconds, 1), "frames": self._shown,
             "stall_s": round(self.stalls, 3), "gap_s": round(timeline.gaps / RATE, 3),
-            "turns": len(self.turns),
+            "turns": self.turned,
         }})  # fmt: skip

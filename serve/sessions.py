@@ -6,9 +6,10 @@ long, nobody speaks, the engine fails, the server goes.
 
 import asyncio
 import collections
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -83,10 +84,11 @@ class Sessions:
         worker.held.add(session.id)  # before anything waits: nobody else gets this place
         try:
             shown = await asyncio.to_thread(picture, session.ready)
-            await self._moment(worker, session.ready.opening)
-            if not session.opened.done():  # else it has ended meanwhile, as with its engine
-                worker.link.send(Open(session.id, shown, prompt, seed))
-            await asyncio.wait_for(asyncio.shield(session.opened), OPENING)
+            async with worker.opening, self._moment(worker, session.ready):
+                if not session.opened.done():  # else it has ended meanwhile, as with its engine
+                    worker.link.send(Open(session.id, shown, prompt, seed))
+                wait = max(OPENING, 3 * session.ready.opening)
+                await asyncio.wait_for(asyncio.shield(session.opened), wait)
         except TimeoutError:
             detail = "the engine did not open the session in time"
             self.close(session, "engine", detail)
@@ -161,17 +163,26 @@ class Sessions:
         """Whether those whom it has would not notice another one."""
         return worker.free > 0 and (not worker.held or worker.load <= self.limits.busy)
 
-    async def _moment(self, worker: Worker, seconds: float) -> None:
-        """Until the others have so much picture that they will not notice; or for too long."""
+    @contextlib.asynccontextmanager
+    async def _moment(self, worker: Worker, ready: Ready) -> AsyncIterator[None]:
+        """Begins when the others have so much picture that they will not notice, if they can have;
+        or after `PATIENCE`."""
         others = [self.all[name] for name in worker.held & self.all.keys()]
-        lines = [other.timeline for other in others if other.state != "opening"]
-        for line in lines:  # silence is made so much sooner; `Session.hear` takes that back
-            line.margin = max(line.margin, seconds + SPARE)
+        lines = [(x.timeline, x.timeline.margin) for x in others if x.state != "opening"]
+        most = (self.limits.lookahead + ready.delay) * ready.frames / FPS
+        seconds = ready.opening if ready.opening + SPARE < most else 0.0
+        for line, margin in lines:  # silence is made so much sooner
+            line.margin = max(margin, seconds + SPARE) if seconds else margin
         end = self.clock.now() + PATIENCE
         while self.clock.now() < end and any(
-            line.asked > line.played and line.buffered < seconds for line in lines
+            line.asked > line.played and line.buffered < seconds for line, _ in lines
         ):
             await self.clock.sleep(1 / FPS)
+        try:
+            yield
+        finally:
+            for line, margin in lines:
+                line.margin = min(line.margin, margin)
 
     def _refuse(self, problem: Problem) -> NoReturn:
         self.metrics.admissions.labels(problem.kind).inc()
@@ -205,6 +216,10 @@ class Sessions:
                 self.close(session, "engine", f"the engine was lost ({reason})")
         worker.held.clear()
         worker.work = Work()
+        number = str(self.workers.index(worker))
+        for device in worker.link.health.memory:
+            self.metrics.memory.remove(number, device)
+        worker.link.health.memory = {}
 
     async def _watch(self) -> None:
         while True:
@@ -216,7 +231,8 @@ class Sessions:
                     self.close(session, reason)
                 else:
                     session.tell("stats", **(stats := session.stats()))
-                    rates += [stats["fps"]] if stats["fps"] else []
+                    rests = session.timeline.idle != "generate" and not session.timeline.speaking
+                    rates += [stats["fps"]] if stats["frames"] and not rests else []
             self.metrics.fps.set(min(rates, default=0.0))
             self._gauge()
 

@@ -36,8 +36,8 @@ class Settings:
     quantise: str = ""  # int8 or fp8: the DiT's trunk, in 8 bits
     keys: tuple[str, ...] = ()  # of backends; none: open, which only loopback hosts may be
     secret: str = ""  # signs client tokens; a new one at each start when empty
-    origins: tuple[str, ...] = ()  # other web pages that may call
-    uploads: str = "auto"  # portraits of callers: yes, no, or on loopback alone, without LiveKit
+    origins: tuple[str, ...] = ()  # other web pages that may call, as https://avatar.example
+    uploads: str = "auto"  # portraits of callers: yes, no, or where only this machine calls
     consent: bool = False  # uploads need a consent record
     badge: bool = False  # "AI" in a corner of every frame
     certificate: str = ""  # PEM chain that signs files (C2PA), and its ES256 key
@@ -94,6 +94,8 @@ class Settings:
             if len({bool(getattr(self, name)) for name in names}) > 1:
                 raise LiveAvatarError(f"{' and '.join(names)} go together; set both")
         self._livekit()
+        if 0 < len(self.secret) < 16:
+            raise LiveAvatarError("secret must have at least 16 characters; it can be guessed")
         if not 0 <= self.port < 65536:
             raise LiveAvatarError(f"port = {self.port} must lie in 0..65535")
         if not self.keys and not self.loopback:
@@ -123,7 +125,7 @@ class Settings:
 
     @property
     def takes_uploads(self) -> bool:
-        ours = self.loopback and not self.livekit_url  # else others call, whatever the host
+        ours = self.loopback and not (self.keys or self.origins or self.livekit_url)
         return self.uploads == "yes" or (self.uploads == "auto" and ours)
 
     @property

@@ -14,6 +14,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import itertools
 import json
 import struct
 import time
@@ -36,6 +37,7 @@ MEDIA = ("none", "jpeg", "mp4")
 SLOW = 2 * FPS  # frames that may wait for a reader, before the oldest are dropped
 EVENTS = 1000  # messages that may; a reader who is that far behind is cut
 STUCK = 15.0  # seconds that one message may take to be sent
+OTHERS = 16  # messages after which others have their turn
 MISTAKES = 20  # messages that are none, before the line is cut
 CHARACTERS = 2000  # of a prompt
 
@@ -49,7 +51,7 @@ class Socket:
 
     def __init__(self, ws: WebSocket, session: Session, media: str, rate: int, speaks: bool):
         self.watching = media != "none"
-        self._ws, self._session, self._media, self._speaks = ws, session, media, speaks
+        self._ws, self._session, self._media, self.speaks = ws, session, media, speaks
         self._movie = None if media != "mp4" else Movie(session.ready.height, session.ready.width)
         self._resample = None if rate == RATE else soxr.ResampleStream(rate, RATE, 1, "int16")
         self._out: collections.deque[Shown | str] = collections.deque()
@@ -103,6 +105,8 @@ class Socket:
             for task in (ready, heard):
                 task.cancel()
             await asyncio.gather(ready, heard, return_exceptions=True)
+            if self._movie is not None:
+                await asyncio.to_thread(self._movie.close)
 
     async def _send(self) -> None:
         while True:
@@ -135,7 +139,8 @@ class Socket:
         begun = time.monotonic()
         if self._movie is not None:
             if shown.epoch != self._filmed:  # what the muxer holds is of an older one
-                self._movie, self._filmed = self._movie.again(), shown.epoch
+                self._movie = await asyncio.to_thread(self._movie.again)
+                self._filmed = shown.epoch
             piece = await asyncio.to_thread(self._movie.add, shown.frame, shown.samples)
         else:
             piece = await asyncio.to_thread(jpeg, shown.frame)
@@ -146,8 +151,10 @@ class Socket:
 
     async def _receive(self) -> None:
         try:
-            while True:
+            for number in itertools.count():
                 message = await self._ws.receive()
+                if number % OTHERS == 0:  # while messages wait, it does not wait for any
+                    await asyncio.sleep(0)
                 if message["type"] == "websocket.disconnect":
                     return
                 try:
@@ -176,7 +183,7 @@ class Socket:
         self._heard(np.frombuffer(message, "<i2", offset=SOUND.size), epoch)
 
     def _heard(self, samples: np.ndarray, epoch: int | None = None) -> None:
-        if not self._speaks:
+        if not self.speaks:
             raise Mistake("this token is for watching only")
         if epoch not in (None, self._session.timeline.epoch):
             return
@@ -193,7 +200,7 @@ class Socket:
         does = self._does()
         if not isinstance(kind, str) or kind not in does:
             raise Mistake(f"a message's type is one of {', '.join(does)}")
-        if not self._speaks and kind != "ping":
+        if not self.speaks and kind != "ping":
             raise Mistake("this token is for watching only")
         does[kind](said)
 

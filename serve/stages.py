@@ -2,7 +2,7 @@
 are rows of the one pipeline (`parallel/pipeline.py`).
 
 A block comes out some ticks after it went in, and what is not there yet is a bubble. While a tick
-runs, the frames of the one before it are fetched.
+runs, what left in the one before it is decoded and fetched.
 """
 
 import collections
@@ -20,6 +20,7 @@ from liveavatar_jax.data.image import to_pixels
 from liveavatar_jax.parallel.mesh import MeshSpec
 from liveavatar_jax.parallel.pipeline import Clip, Pipeline
 from liveavatar_jax.player import placed
+from liveavatar_jax.stream import InFlight
 from serve.avatar import Compiled, Report, Streams
 from serve.engine import Window
 
@@ -51,7 +52,8 @@ class Stages(Streams):
         self._gone = [0] * slots  # blocks of the stream that went in
         self._hidden = [0] * slots  # blocks that nobody is to see
         self._told: list[tuple[Any, int, int]] = []  # prompts, their row and the stage to come
-        self._clip: Clip | None = None
+        self._leaving: InFlight | None = None  # of the last tick, to be decoded
+        self._clip: Clip | None = None  # what was decoded before its time
         report("warm", 0.9)
         self.open(0, np.zeros((*size, 3), np.uint8), "", 0)
         self.change(0, "")
@@ -68,6 +70,7 @@ class Stages(Streams):
         portrait = self.pipe.portrait(self.model, to_pixels(picture)[None])
         context, key = self._prompt(prompt), jax.random.key(seed)
         session = self.pipe.start(self.model, portrait, context, key)
+        self._decoded()  # or it would go on in the row's new decoder
         self._begin(slot)
         self._told = [told for told in self._told if told[1] != slot]
         self._stream[slot] += 1
@@ -103,13 +106,22 @@ class Stages(Streams):
         self._told = [(text, slot, stage + 1) for text, slot, stage in self._told
                       if stage + 1 < self.pipe.spec.stage]  # fmt: skip
         chunk = self._chunk(heard, epoch=self._stream.copy())
-        self.state, clip = self.pipe.step(self.model, self.state, chunk)
-        clip, self._clip = self._clip, clip
+        self.state, leaving = self.pipe.tick(self.model, self.state, chunk)
+        clip = self._decoded()  # while the stages run
+        self._leaving, self._clip = leaving, None
         frames = {} if clip is None else self._shown(clip)
         self.took = {"audio": ears - begun, "denoise": time.monotonic() - ears}
         return frames
 
     # ---- of its own
+
+    def _decoded(self) -> Clip | None:
+        """Of the last tick; what is said in this one must not wait for it on the decoder's device,
+        where ears may be as well."""
+        if self._leaving is not None:
+            self.state, self._clip = self.pipe.decode(self.model, self.state, self._leaving)
+            self._leaving = None
+        return self._clip
 
     def _may_go(self, slot: int) -> bool:
         if self._rest[slot]:

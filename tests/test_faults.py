@@ -30,6 +30,7 @@ from liveavatar_jax import cli
 from liveavatar_jax.types import LiveAvatarError
 from serve import __main__ as command
 from serve import answers, jobs, mock
+from serve import session as session_of
 from serve import socket as line_of
 from serve.clock import Shown, Timeline
 from serve.jobs import Jobs
@@ -194,8 +195,8 @@ class Raw:
             await writer.drain()
 
 
-POST = b"POST /v1/sessions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
-GET = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
+POST = b"POST /v1/sessions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+GET = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 @in_loop
@@ -341,14 +342,13 @@ def test_what_cannot_be_kept_is_not_made_again(tmp_path, monkeypatch):
 
     async def run() -> None:
         known = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
-        job = known.add(picture(), sound(0.4), "x", 0)
+        job = await known.add(picture(), sound(0.4), "x", 0)
         monkeypatch.setattr(jobs.os, "replace", full)
         monkeypatch.setattr(jobs, "sys", SimpleNamespace(executable="false"))
         await known._make(job)
         assert job.status == "failed" and not list((tmp_path / job.id).iterdir())
         again = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
-        again._find()
-        assert again.list() == []
+        assert again._find() == {}
 
     asyncio.run(run())
 
@@ -362,7 +362,7 @@ def test_a_prompt_is_a_prompt_whatever_it_begins_with(tmp_path, monkeypatch):
 
     async def run() -> None:
         known = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
-        job = known.add(picture(), sound(0.4), "--help", 7)
+        job = await known.add(picture(), sound(0.4), "--help", 7)
         monkeypatch.setattr(asyncio, "create_subprocess_exec", refused)
         with pytest.raises(OSError):
             await known._make(job)
@@ -394,7 +394,8 @@ def test_a_recording_that_claims_hours_is_refused_unheard(tmp_path, monkeypatch)
     long[18:26] = (rest | 5 * 3600 * RATE).to_bytes(8, "big")
     monkeypatch.setattr(jobs, "read_audio", lambda path: pytest.fail("it was decoded"))
     with pytest.raises(LiveAvatarError, match="claims to last 18000 s; at most 600 s"):
-        Jobs(Settings(engine="mock", jobs=str(tmp_path))).add(picture(), bytes(long), "x", 0)
+        known = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
+        asyncio.run(known.add(picture(), bytes(long), "x", 0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -459,6 +460,7 @@ class Marks:
     """A `Viewer` that notes when the session was interrupted."""
 
     watching = False
+    speaks = True
 
     def __init__(self, notes: list[tuple[str, int]]):
         self.notes = notes
@@ -478,6 +480,7 @@ class Marks:
 async def test_after_interrupts_of_a_call_nothing_older_is_encoded(monkeypatch):
     """Said in each epoch is another constant, so that each packet of sound tells its own. Pictures
     are encoded slowly, so that some wait."""
+    monkeypatch.setattr(session_of, "CLEARS", 1000.0)
     notes, recv, draw = list[tuple[str, int]](), Out.recv, random.Random(5)
     said = lambda epoch: 500 + 100 * epoch
 

@@ -5,6 +5,10 @@ import contextlib
 import datetime
 import hashlib
 import io
+import json
+import os
+import resource
+import threading
 import wave
 from pathlib import Path
 
@@ -46,7 +50,7 @@ async def client(settings: Settings):
     app = front.make(settings)
     task = asyncio.create_task(app.state.front.jobs.run())
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
-    async with httpx.AsyncClient(transport=transport, base_url="http://here") as known:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as known:
         yield known
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -161,8 +165,9 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
 
 def test_a_long_recording_is_noticed_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "LONGEST", 1)
+    known = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
     with pytest.raises(LiveAvatarError, match="longer than 1 s"):
-        Jobs(Settings(engine="mock", jobs=str(tmp_path))).add(picture(), sound(2.0), "x", 0)
+        asyncio.run(known.add(picture(), sound(2.0), "x", 0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +181,7 @@ def test_a_server_that_starts_again_goes_on_with_its_jobs(tmp_path, monkeypatch)
 
     async def run() -> None:
         before = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
-        job = before.add(picture(), sound(0.4), "Someone speaks.", 3)
+        job = await before.add(picture(), sound(0.4), "Someone speaks.", 3)
         job.status, job.progress = "in_progress", 40  # and then the power fails
         before._keep(job)
         monkeypatch.setattr(Jobs, "_make", make)
@@ -194,7 +199,7 @@ def test_a_full_disk_fails_one_job_in_one_sentence(tmp_path, monkeypatch):
     known, given = Jobs(Settings(engine="mock", jobs=str(tmp_path))), picture()
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(jobs.Problem, match="no space left on device") as caught:
-        known.add(given, sound(0.4), "x", 0)
+        asyncio.run(known.add(given, sound(0.4), "x", 0))
     assert caught.value.status == 507
     assert list(tmp_path.iterdir()) == [] and known.list() == []
 
@@ -215,6 +220,77 @@ def test_what_goes_wrong_with_one_video_ends_neither_the_queue_nor_the_server(
                 assert job["expires_at"] and not list(tmp_path.iterdir())
 
     asyncio.run(run())
+
+
+def test_what_comes_while_the_queue_waits_begins_at_once_and_no_more_than_fit(
+    tmp_path, monkeypatch
+):
+    """Also where all of it comes at the same time, and one of them goes."""
+    made, slow = [], threading.Event()
+    seconds = jobs._seconds
+
+    async def make(self, job):
+        made.append(job.id)
+        job.status = "completed"
+
+    def slowly(path):
+        assert threading.current_thread().name.startswith("jobs")
+        slow.wait(30)
+        return seconds(path)
+
+    async def run() -> None:
+        monkeypatch.setattr(Jobs, "_make", make)
+        monkeypatch.setattr(jobs, "WAITING", 3)
+        monkeypatch.setattr(jobs, "_seconds", slowly)
+        known = Jobs(Settings(engine="mock", jobs=str(tmp_path)))
+        queue = asyncio.create_task(known.run())
+        await asyncio.sleep(0.3)  # it waits
+        asked = [asyncio.create_task(known.add(picture(), sound(0.4), "x", 0)) for _ in range(5)]
+        await until(lambda: any(tmp_path.iterdir()))
+        assert [task.done() for task in asked] == [False] * 3 + [True] * 2 and not known.list()
+        for task in asked[3:]:
+            with pytest.raises(jobs.Problem, match="3 videos are waiting already"):
+                task.result()
+        asked[0].cancel()  # and nothing of it stays
+        await asyncio.wait(asked[:1])
+        slow.set()
+        assert [(await task).status for task in asked[1:3]] == ["queued"] * 2
+        await until(lambda: made == [task.result().id for task in asked[1:3]])
+        await until(lambda: {path.name for path in tmp_path.iterdir()} == set(made))
+        queue.cancel()
+        await asyncio.gather(queue, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+async def until(happened, seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not happened():
+            await asyncio.sleep(0.02)
+
+
+def test_jobs_have_the_devices_and_the_size_of_the_engines(tmp_path, monkeypatch):
+    """A model that knows one size is not asked for another, as in an engine."""
+    asked = []
+
+    async def refused(*words, env, **_more):
+        asked.append((words, env))
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(jobs.asyncio, "create_subprocess_exec", refused)
+    for size in (None, 64):
+        (folder := tmp_path / str(size)).mkdir()
+        (folder / "config.json").write_text(json.dumps({"size": size}))
+    for weights, given in (("", []), ("64", []), ("None", ["480*480"]), ("nowhere", [])):
+        chosen = Settings(size="480*480", devices=("4", "5"), workers=2, jobs=str(tmp_path),
+                          weights=str(tmp_path / weights) if weights else "")  # fmt: skip
+        job = jobs.Job("video_123456789012", "x", "1.00", 0)
+        with pytest.raises(OSError):
+            asyncio.run(Jobs(chosen)._make(job))
+        words, env = asked.pop()
+        said = [words[at + 1] for at, word in enumerate(words) if word == "--size"]
+        assert said == given, weights
+        assert env["CUDA_VISIBLE_DEVICES"] == "4" and env["PATH"] == os.environ["PATH"]
 
 
 # ---- marks
@@ -295,6 +371,49 @@ def test_a_bad_certificate_is_named_and_leaves_the_file(tmp_path):
     with pytest.raises(LiveAvatarError, match=r"bad\.pem"):
         marks.sign(path, bad, bad)
     assert path.read_bytes() == b"film"
+
+
+@pytest.mark.parametrize("size", [2_000, 3_000_000])
+def test_a_disk_that_fills_while_a_file_is_signed_is_told_as_such(tmp_path, size):
+    """Whether c2pa-python gets to know of it, or the last of it waits in a buffer."""
+    pytest.importorskip("c2pa")
+    from liveavatar_jax.data.video import VideoWriter
+
+    path, certificate = tmp_path / "a.mp4", chain(tmp_path)
+    with VideoWriter(path, (64, 64)) as video:
+        video.write(np.zeros((5, 64, 64, 3), np.uint8))
+    film = path.read_bytes() + size.to_bytes(4, "big") + b"free" + bytes(size - 8)
+    path.write_bytes(film)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(film) // 2, before[1]))
+    try:
+        with pytest.raises(LiveAvatarError) as caught:
+            marks.sign(path, *certificate)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = f"cannot sign: the disk is full; {path} is there, but not signed"
+    assert str(caught.value) == said and path.read_bytes() == film
+    assert {x.name for x in tmp_path.iterdir()} == {"a.mp4", "chain.pem", "key.pem"}
+    said = said.replace(str(path), str(tmp_path / "draft.mp4"))
+    assert jobs._said(f"liveavatar-jax: {said}") == "cannot sign: the disk is full"
+
+
+def test_what_c2pa_python_does_not_say_of_a_full_disk_is_told(tmp_path, monkeypatch):
+    c2pa = pytest.importorskip("c2pa")
+
+    class Builder(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def sign(self, signing, kind, film, out):
+            with contextlib.suppress(OSError):  # as its callbacks do
+                out.raw.write(b"much")
+            raise c2pa.C2paError("Io: it could not be written")
+
+    monkeypatch.setattr(c2pa, "Builder", Builder)
+    (path := tmp_path / "a.mp4").write_bytes(b"film")
+    with pytest.raises(LiveAvatarError, match=r"^cannot sign: the disk is full$"):
+        marks._write(path, Path("/dev/full"), "", None)
 
 
 @pytest.mark.parametrize("side", [64, 256, 720])

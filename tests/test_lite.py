@@ -308,11 +308,11 @@ async def test_what_is_refused_is_said_as_such_clients_read_it(rooms):
             await refused(401, "not good here", path=path, token="x")
             other = {"session_id": "another"}
             await refused(
-                401, "another session's", path=path, token=got["session_token"], body=other
+                403, "another session's", path=path, token=got["session_token"], body=other
             )
             await refused(422, "say which session", path=path, key="sesame", body={})
         viewer = served.front.auth.token(got["session_id"], 60, "viewer")
-        await refused(401, "for watching only", path="/stop", token=viewer, body={})
+        await refused(403, "for watching only", path="/stop", token=viewer, body={})
         answer = await call(served, "/stop", key="sesame", session_id=got["session_id"])
         assert answer.status_code == 200
         await until(lambda: served.free == 1)

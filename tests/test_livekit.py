@@ -89,6 +89,7 @@ class Watcher:
     """A viewer that keeps all."""
 
     watching = True
+    speaks = True
 
     def __init__(self):
         self.shown, self.told = [], []
@@ -454,16 +455,56 @@ def test_an_agent_that_is_gone_leaves_the_session_to_its_grace(went, monkeypatch
     run(body())
 
 
-def test_rooms_and_sessions_that_do_not_fit_are_refused(went, monkeypatch):
+def test_rooms_and_sessions_that_do_not_fit_are_refused(went, monkeypatch, caplog):
+    """Why is not for the caller, who may name any address; nor is the token for the log."""
+
     async def body():
+        async def connect(self, url, token, options):
+            if token != "token":
+                raise rtc.ConnectError(f"{url}?access_token={token} has an answer")
+
+        monkeypatch.setattr(Room, "connect", connect)
         monkeypatch.setattr(rtc, "Room", lambda: Room("avatar").meet(Room("agent")))
         async with session() as made:
-            with pytest.raises(Problem, match="not with this token"):
+            with pytest.raises(Problem, match=r"^the room cannot be joined$"):
                 await livekit.join(made, "wss://room", "bad")
+            about = caplog.records[-1].__dict__["about"]
+            assert about == {
+                "url": "wss://room",
+                "why": "wss://room?access_token=(the token) has an answer",
+            }
             assert not made.viewers
         async with session(live=True) as made:
             with pytest.raises(Problem, match="live is false"):
                 await livekit.join(made, "wss://room", "token")
+
+    run(body())
+
+
+@pytest.mark.parametrize("how", ["late", "cancelled"])
+def test_a_connection_that_comes_about_after_all_is_ended(how, went, monkeypatch):
+    async def body():
+        room, slow, asked = Room("avatar").meet(Room("agent")), asyncio.Event(), asyncio.Event()
+
+        async def connect(*_):
+            asked.set()
+            await slow.wait()
+
+        monkeypatch.setattr(room, "connect", connect)
+        monkeypatch.setattr(rtc, "Room", lambda: room)
+        monkeypatch.setattr(livekit, "JOINS", 0.1 if how == "late" else 60.0)
+        async with session() as made:
+            joining = asyncio.create_task(livekit.join(made, "wss://room", "token"))
+            await asked.wait()
+            if how == "cancelled":
+                joining.cancel()
+            await asyncio.wait([joining], timeout=20)
+            assert joining.cancelled() == (how == "cancelled") and room.there
+            if how == "late":
+                assert str(joining.exception()) == "the room cannot be joined"
+            slow.set()
+            await until(lambda: not room.there and not livekit.leaving)
+            assert not made.viewers
 
     run(body())
 
@@ -497,8 +538,11 @@ def test_a_plugin_asks_for_an_avatar_that_publishes_on_behalf_of_the_agent():
     async def answer(request):
         body = await request.json() if request.can_read_body else None
         asked.append((request.method, request.path, request.headers["authorization"], body))
-        if request.method == "POST" and body["avatar"] == {"id": "nobody"}:
-            return web.json_response({"detail": "there is no portrait"}, status=404)
+        if request.method == "POST" and (id := body["avatar"].get("id")) is not None:
+            if id == "nobody":
+                return web.json_response({"detail": "there is no portrait"}, status=404)
+            page = web.Response(text="<p>Bad Gateway", status=int(id), content_type="text/html")
+            return page if id != "201" else web.json_response([], status=201)
         return web.json_response({"id": "s1", "urls": {"session": "/v1/sessions/s1"}})
 
     async def body():
@@ -531,9 +575,18 @@ def test_a_plugin_asks_for_an_avatar_that_publishes_on_behalf_of_the_agent():
         assert asked[1][:2] == ("DELETE", "/v1/sessions/s1")
         with pytest.raises(LiveAvatarError, match=r"refuses \(404\): there is no portrait"):
             await livekit.AvatarSession(url, "x", avatar_id="nobody").start(agent, room, **keys)
+        for status, says in (
+            ("502", r"refuses \(502\): Bad Gateway"),
+            ("200", "is no avatar server"),
+            ("201", "is no avatar server"),
+        ):
+            with pytest.raises(LiveAvatarError, match=says):
+                await livekit.AvatarSession(url, "x", avatar_id=status).start(agent, room, **keys)
         with pytest.raises(LiveAvatarError, match="LIVEKIT_URL"):
             await livekit.AvatarSession(url, "x").start(agent, room)
         await runner.cleanup()
+        with pytest.raises(LiveAvatarError, match=f"no avatar server answers at {url}"):
+            await livekit.AvatarSession(url, "x").start(agent, room, **keys)
 
     run(body())
 

@@ -389,7 +389,7 @@ class Here:
         hear = functools.partial(self.front.sessions._hear, worker)
         worker.link = run(made(Near, hear, lambda reason: None, Blank(1)))
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
-        self._known = httpx.AsyncClient(transport=transport, base_url="http://here")
+        self._known = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     def post(self, to: str, **more: Any) -> httpx.Response:
         return self.run(self._known.post(to, **more))

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import selectors
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from serve.metrics import Metrics
 from serve.mock import Mock
 from serve.session import REASONS, Limits, Problem, Session
 from serve.sessions import Sessions
-from serve.wire import FPS, PER_FRAME, RATE, Block, Opened
+from serve.wire import FPS, PER_FRAME, RATE, Block, Change, Opened
 from tests.serving import Near, in_loop, serving, tone, until
 
 PICTURE = np.zeros((256, 256, 3), np.uint8)
@@ -88,6 +88,7 @@ class Watcher:
     """A viewer that keeps what it is told, and when."""
 
     watching = True
+    speaks = True
 
     def __init__(self) -> None:
         self.shown: list[tuple[float, Any]] = []
@@ -367,12 +368,11 @@ async def test_a_pipeline_is_asked_so_soon_that_nothing_stalls(monkeypatch):
         turns = []
         for pause in (10, 5, 20):
             await asyncio.sleep(pause)
-            before = session.stalls
             session.speak(tone(3.0))
             session.end()
             await asyncio.sleep(8)
             turns.append(session.turns[-1])
-            assert session.stalls == before
+            assert session.stalls == 0
         times = [time for time, _ in watcher.shown if time > 10]
         np.testing.assert_allclose(np.diff(times), 1 / FPS, atol=1e-6)
         through = 5 * 0.3
@@ -383,25 +383,26 @@ async def test_a_pipeline_is_asked_so_soon_that_nothing_stalls(monkeypatch):
 @pytest.mark.parametrize("speaks", [True, False])
 @in_no_time
 async def test_who_is_there_does_not_notice_that_others_are_opened(monkeypatch, speaks):
-    """Each takes the engine 0.3 s, and the margin of a fast engine is half of that."""
+    """Two at once: each takes the engine 0.3 s, and the margin of a fast engine is half of that."""
 
     async def stalls() -> float:
-        async with opened(seconds=0.03, slots=2, opening=0.3) as (sessions, create):
+        async with opened(seconds=0.03, slots=3, opening=0.3) as (sessions, create):
             session, watcher = await create()
             await asyncio.sleep(3)
             talking = asyncio.create_task(talk(session)) if speaks else None
             for n in range(12):  # wherever the first one is in its block
                 await asyncio.sleep(3 + 0.04 * n)
-                other, _ = await create()
+                others = await asyncio.gather(create(), create())
                 await asyncio.sleep(2)
-                sessions.close(other, "done")
+                for other, _ in others:
+                    sessions.close(other, "done")
             if talking is not None:
                 talking.cancel()
             assert len(watcher.shown) > 300
             return session.stalls
 
     assert await stalls() == 0
-    monkeypatch.setattr(module.Sessions, "_moment", lambda *given: asyncio.sleep(0))
+    monkeypatch.setattr(module.Sessions, "_moment", lambda *given: nullcontext())
     assert speaks or await stalls() > 0.1  # but for that, somebody who is silent would
 
 
@@ -424,3 +425,87 @@ async def test_an_engine_late_for_one_session_is_a_stall_and_no_end(monkeypatch)
         firsts = [x.first for _, x in watcher.shown]
         assert firsts == list(range(0, len(firsts) * PER_FRAME, PER_FRAME))
         assert 24 < session.stats()["fps"] <= 26
+
+
+# ---- what one session asks of the engine
+
+
+@in_no_time
+async def test_prompts_that_come_fast_are_told_one_at_a_time_and_the_last_one_counts(monkeypatch):
+    async with opened() as (sessions, create):
+        session, watcher = await create()
+        link = sessions.workers[0].link
+        for n in range(500):
+            session.change(f"Prompt {n}.")
+        await asyncio.sleep(1)
+        two = ["Prompt 0.", "Prompt 499."]
+        assert [x.prompt for x in link.said if isinstance(x, Change)] == two
+        assert [event["prompt"] for _, event in watcher.named("session.updated")] == two
+        session.change("Another one.")
+        await asyncio.sleep(1)
+        assert session.prompt == "Another one."
+
+
+@in_no_time
+async def test_interrupts_that_come_too_fast_are_refused(monkeypatch):
+    async with opened() as (_, create):
+        session, watcher = await create()
+        taken = 0
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            try:
+                session.interrupt()
+                taken += 1
+            except Problem as error:
+                assert (error.status, error.kind) == (429, "too-fast") and error.after < 1
+        assert taken == len(watcher.named("audio.cleared")) and 20 <= taken <= 25
+        await asyncio.sleep(1)
+        session.interrupt()
+
+
+@in_no_time
+async def test_speeches_of_nothing_wait_in_no_endless_queue(monkeypatch):
+    async with opened() as (_, create):
+        session, _watcher = await create()
+        with pytest.raises(Problem, match="speeches wait"):
+            for _ in range(1000):
+                session.speak(tone(1 / RATE))
+                session.end()
+        assert session.timeline.waiting <= 101
+
+
+@in_no_time
+async def test_an_end_is_said_before_it_comes_with_its_own_time(monkeypatch):
+    """However short sessions are, and whatever the grace."""
+    async with opened(idle=40.0, longest=100.0, grace=5.0) as (_, create):
+        session, watcher = await create()
+        await asyncio.sleep(15)
+        session.speak(tone(1.0))
+        session.end()
+        await asyncio.sleep(37)
+        session.speak(tone(1.0))
+        session.end()
+        await asyncio.sleep(60)
+        said = [(event["why"], event["in_s"]) for _, event in watcher.named("session.expiring")]
+        assert [why for why, _ in said] == ["idle", "too_long", "idle"]
+        assert all(19 <= seconds <= 20 for why, seconds in said if why == "idle")
+        assert 29 <= said[1][1] <= 30
+    async with opened(idle=4.0, longest=1000.0) as (_, create):
+        session, watcher = await create()
+        await asyncio.sleep(10)
+        ((_, event),) = watcher.named("session.expiring")
+        assert (event["why"], watcher.ends) == ("idle", ["idle"]) and 1 <= event["in_s"] <= 2
+
+
+@in_no_time
+async def test_who_watches_takes_no_place_of_who_speaks(monkeypatch):
+    async with opened(viewers=2) as (_, create):
+        session, _watcher = await create()
+        guests = [Watcher() for _ in range(3)]
+        for guest in guests:
+            guest.speaks = False
+        for guest in guests[:2]:
+            session.join(guest)
+        with pytest.raises(Problem, match="as many watch as may"):
+            session.join(guests[2])
+        session.join(Watcher())

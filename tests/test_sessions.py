@@ -28,6 +28,7 @@ import websockets
 from websockets.exceptions import InvalidStatus
 
 from serve import front, link, mock
+from serve import session as session_of
 from serve import socket as line_of
 from serve.auth import Auth
 from serve.clock import LOOP
@@ -463,16 +464,17 @@ async def test_keys_and_tokens_are_good_for_what_they_are_for(monkeypatch):
             "is not good": mine["client_token"][:-3] + "abc",
         }
         for words, token in bad.items():
+            status = 403 if token == other["client_token"] else 401  # who it is, is known
             answer = await http.get(url, headers=bearer(token))
-            assert words in problem(answer, 401, "denied")["detail"]
+            assert words in problem(answer, status, "denied")["detail"]
             answer = await http.delete(url, headers=bearer(token))
-            problem(answer, 401, "denied")
+            problem(answer, status, "denied")
             if not token:
                 continue
             async with joined(served, mine, token=token) as line:
                 assert await line.closed() == 1008
                 assert line.reason == "denied" and words in line.events[0]["detail"]
-        problem(await http.delete(url, headers=bearer(mine["viewer_token"])), 401, "denied")
+        problem(await http.delete(url, headers=bearer(mine["viewer_token"])), 403, "denied")
         for token in (KEY, mine["client_token"], mine["viewer_token"]):
             assert (await http.get(url, headers=bearer(token))).status_code == 200
 
@@ -522,17 +524,86 @@ async def test_who_watches_cannot_speak():
 
 @in_loop
 async def test_as_many_watch_as_may():
-    async with serving(viewers=0) as served:
-        told = await served.create()
-        async with joined(served, told) as one, joined(served, told) as two:
-            await one.event("session.ready")
-            await two.event("session.ready")
-            async with joined(served, told) as three:
-                assert await three.closed() == 1013
-                assert three.events[-1]["error"] == "too-many-viewers"
+    """And who speaks comes in whoever watches; what is said of it to others is less."""
+    async with serving(viewers=1) as served:
+        told = await served.create(metadata={"order": "7"})
+        guest = told["viewer_token"]
+        async with joined(served, told, token=guest) as one:
+            ready = await one.event("session.ready")
+            assert "metadata" not in ready and "prompt" not in ready
+            async with joined(served, told, token=guest) as two:
+                assert await two.closed() == 1013
+                assert two.events[-1]["error"] == "too-many-viewers"
+            async with joined(served, told) as speaker:
+                assert (await speaker.event("session.ready"))["metadata"] == {"order": "7"}
+                await speaker.more(3)
             await one.more(3)
-        async with joined(served, told) as four:
-            await four.more(3)
+        async with joined(served, told, token=guest) as three:
+            await three.more(3)
+
+
+@in_loop
+async def test_pages_from_elsewhere_do_not_reach_a_server_without_keys():
+    async with serving(origins=("http://known.example",)) as served:
+
+        async def asked(method="POST", path="/v1/sessions", **headers: str) -> int:
+            given = {name.replace("_", "-"): value for name, value in headers.items()}
+            body = {"json": {"seed": -1}} if method == "POST" else {}  # refused, where it is read
+            return (await served.http.request(method, path, headers=given, **body)).status_code
+
+        assert await asked() == await asked(host="localhost") == await asked(host="[::1]:8") == 422
+        assert await asked(host="evil.example") == await asked(host="[bad") == 403
+        assert await asked("GET", "/v1/status", host="evil.example") == 403
+        assert await asked(origin="http://evil.example") == await asked(origin="null") == 403
+        assert await asked(origin=f"http://{served.address}") == 422
+        assert await asked(origin="http://known.example") == 422
+        assert await asked(host="known.example", origin="http://known.example") == 422
+        told = await served.create()
+        with pytest.raises(InvalidStatus, match="403"):
+            async with joined(served, told, origin="http://evil.example"):
+                pass
+    keyed = {"authorization": "Bearer k"}
+    async with serving(keys=("k",)) as served:
+        assert (await served.http.get("/v1/status", headers=keyed)).status_code == 200
+        refused = await served.http.post("/v1/sessions", content=b"{" * 100)
+        problem(refused, 401, "denied")  # of a body that nobody would read
+
+
+@pytest.mark.parametrize("kind", ["frames", "messages"])
+@in_loop
+async def test_a_flood_is_cut_and_others_go_on(kind):
+    """Of frames before anybody has said who he is, or of messages that are dropped."""
+    async with serving() as served:
+        told = await served.create()
+        url = f"ws://{served.address}{told['urls']['events']}"
+        async with joined(served, told) as line:
+            await line.more(5)
+            reader, writer = await asyncio.open_connection(*served.address.split(":"))
+            token = told["client_token"] if kind == "messages" else ""
+            writer.write((
+                f"GET {told['urls']['events']} HTTP/1.1\r\nHost: {served.address}\r\n"
+                "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+                f"Authorization: Bearer {token}\r\n\r\n"
+            ).encode())  # fmt: skip
+            await reader.readuntil(b"\r\n\r\n")
+            sound = SOUND.pack(9, 0) + bytes(2)  # of an epoch that is none
+            frame = b"\x89\x80" + bytes(4) if kind == "frames" else (
+                bytes([0x82, 0x80 | len(sound)]) + bytes(4) + sound)  # fmt: skip
+            have, begun = len(line.frames), time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                for _ in range(60):
+                    writer.write(1000 * frame)
+                    await writer.drain()
+                while await reader.read(1 << 16):
+                    pass
+            took = time.monotonic() - begun
+            writer.close()
+            assert took < LONG / 2
+            await line.more(5)
+            assert len(line.frames) - have >= 20 * took
+            stats = line.named("stats")[-1]
+        assert stats["stall_ms"] < 400, url
 
 
 # ---- how sessions end
@@ -726,7 +797,8 @@ async def test_no_session_ever_sees_or_hears_another(monkeypatch):
 
 
 @in_loop
-async def test_after_two_hundred_interrupts_nothing_older_came():
+async def test_after_two_hundred_interrupts_nothing_older_came(monkeypatch):
+    monkeypatch.setattr(session_of, "CLEARS", 1000.0)
     draw = random.Random(4)
     async with serving() as served:
         async with joined(served, await served.create()) as line:
@@ -941,6 +1013,7 @@ def resident() -> int:
 
 class Watcher:
     watching = True
+    speaks = True
 
     def __init__(self) -> None:
         self.frames, self.told, self.closed = 0, [], None

@@ -1,6 +1,7 @@
 """What says that a picture was made: a signed C2PA manifest in files, and a badge in frames."""
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from liveavatar_jax.data.video import DISK_FULL
 from liveavatar_jax.types import LiveAvatarError
 
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -41,8 +43,22 @@ def signer(certificate: Path, key: Path) -> Iterator[Any]:
         raise LiveAvatarError(f"the certificate in {certificate} cannot sign: {error}") from None
 
 
+class Draft(io.FileIO):
+    """A file that keeps why it could not be written; c2pa-python says only that it could not."""
+
+    wrong: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.wrong = error
+            raise
+
+
 def sign(path: Path, certificate: Path, key: Path) -> None:
-    """Signs a file in place: made by a trained model. Raises LiveAvatarError as `signer`."""
+    """Signs an MP4 file in place: made by a trained model. Raises LiveAvatarError as `signer`, and
+    where the disk will not; then the file is as it was."""
     manifest = {
         "claim_generator_info": [{"name": "liveavatar-jax"}],
         "title": path.name,
@@ -54,13 +70,32 @@ def sign(path: Path, certificate: Path, key: Path) -> None:
     draft = path.with_name(f"signed-{path.name}")
     try:
         with signer(certificate, key) as signing:
-            import c2pa
-
-            with c2pa.Builder(json.dumps(manifest)) as builder:
-                builder.sign_file(str(path), str(draft), signing)
-            os.replace(draft, path)
+            _write(path, draft, json.dumps(manifest), signing)
+    except LiveAvatarError as error:
+        raise LiveAvatarError(f"{error}; {path} is there, but not signed") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _write(path: Path, draft: Path, manifest: str, signing: Any) -> None:
+    import c2pa
+
+    raw = None
+    try:
+        with (
+            c2pa.Builder(manifest) as builder,
+            path.open("rb") as film,
+            Draft(draft, "w+") as raw,
+            io.BufferedRandom(raw) as out,
+        ):
+            builder.sign(signing, "video/mp4", film, out)
+        os.replace(draft, path)
+    except (OSError, c2pa.C2paError) as error:
+        wrong = error if isinstance(error, OSError) else raw and raw.wrong
+        if wrong is None:
+            raise
+        why = "the disk is full" if wrong.errno in DISK_FULL else str(wrong.strerror).lower()
+        raise LiveAvatarError(f"cannot sign: {why}") from None
 
 
 def badge(frame: np.ndarray) -> np.ndarray:
