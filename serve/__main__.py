@@ -54,7 +54,8 @@ class Server(uvicorn.Server):
             app, chosen.host, chosen.port, log_config=None, ws_max_size=MESSAGE,
             ws_per_message_deflate=False, ws_ping_interval=PING, ws_ping_timeout=PONG,
             timeout_graceful_shutdown=5, http="h11",  # the other parser takes headers without end
-            ws=Paced, limit_concurrency=LINES, **secured,
+            ws=Paced, limit_concurrency=LINES, loop="asyncio",  # which `Paced` and `--udp` need
+            **secured,
         ))  # fmt: skip
         self._drain, self._front = chosen.drain, app.state.front
         self._hurried = False

@@ -466,7 +466,8 @@ async def test_one_viewer_too_many_is_refused_and_its_call_closed(monkeypatch):
     monkeypatch.setattr(
         Call, "__init__", lambda self, *args: (made.append(self), begin(self, *args))[1]
     )
-    async with serving(viewers=0) as served:
+    monkeypatch.setattr("serve.session.LINES", 2)
+    async with serving() as served:
         told = await served.create()
         answers = []
         for _ in range(3):
