@@ -281,8 +281,8 @@ async def test_a_call_has_an_address_and_is_over_when_that_is_deleted():
 @in_loop
 async def test_who_hangs_up_leaves_the_place_to_others():
     async with serving(grace=0.5) as served:
-        told = await served.create()
         async with browsing() as browser:
+            told = await served.create()
             await connected(served, told, browser)
             await until(lambda: len(browser.pictures) > 3)
         await until(lambda: served.free == 1)
