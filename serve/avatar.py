@@ -5,6 +5,7 @@ A stream begins with a silent block that nobody sees: its first frames blend the
 in (`stream.LEAD_FRAMES`), so every block after it has its twelve frames.
 """
 
+import abc
 import argparse
 import dataclasses
 import itertools
@@ -39,7 +40,7 @@ from serve.wire import Ready
 Report = Callable[[str, float], None]
 
 
-class Streams:
+class Streams(abc.ABC):
     """What makers have in common: ears, a reader of prompts, and what they tell of themselves."""
 
     def __init__(self, folder: Path, cfg: ModelConfig, slots: int):
@@ -62,11 +63,8 @@ class Streams:
             cached=compiled.cached,
         )  # fmt: skip
 
-    def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None:
-        raise NotImplementedError
-
-    def close(self, slot: int) -> None:
-        pass  # the row rests until the next stream takes it
+    @abc.abstractmethod
+    def open(self, slot: int, picture: np.ndarray, prompt: str, seed: int) -> None: ...
 
     def memory(self) -> dict[str, float]:
         found = {}
@@ -164,6 +162,9 @@ class Rows(Streams):
         self._state = self._insert(self._state, one, np.int32(slot))
         self._begin(slot)
         self.make({slot: self.silence})
+
+    def close(self, slot: int) -> None:
+        pass  # the row rests until the next stream takes it
 
     def change(self, slot: int, prompt: str) -> None:
         self._state = self._retell(self.avatar, self._state, self._prompt(prompt), np.int32(slot))

@@ -293,9 +293,7 @@ class Timeline:
 
     def _shown_again(self) -> Shown | None:
         """A frame of the loop, in silence."""
-        if not (self.idle == "loop" and self._resting and len(self._silent) == LOOP):
-            return None
-        if self._spans:
+        if self.idle != "loop" or not self._resting or self._spans or len(self._silent) < LOOP:
             return None
         first, self._fade = self.played, FADE
         self.played += PER_FRAME

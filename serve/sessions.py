@@ -171,14 +171,14 @@ class Sessions:
         lines = [(x.timeline, x.timeline.margin) for x in others if x.state != "opening"]
         most = (self.limits.lookahead + ready.delay) * ready.frames / FPS
         seconds = ready.opening if ready.opening + SPARE < most else 0.0
-        for line, margin in lines:  # silence is made so much sooner
-            line.margin = max(margin, seconds + SPARE) if seconds else margin
-        end = self.clock.now() + PATIENCE
-        while self.clock.now() < end and any(
-            line.asked > line.played and line.buffered < seconds for line, _ in lines
-        ):
-            await self.clock.sleep(1 / FPS)
         try:
+            for line, margin in lines:  # silence is made so much sooner
+                line.margin = max(margin, seconds + SPARE) if seconds else margin
+            end = self.clock.now() + PATIENCE
+            while self.clock.now() < end and any(
+                line.asked > line.played and line.buffered < seconds for line, _ in lines
+            ):
+                await self.clock.sleep(1 / FPS)
             yield
         finally:
             for line, margin in lines:
